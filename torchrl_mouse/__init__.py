@@ -1,0 +1,1 @@
+"""In-context reinforcement learning as TorchRL components."""

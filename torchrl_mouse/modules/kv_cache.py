@@ -1,0 +1,201 @@
+"""The context of every stream: keys, values, and the raw steps that they came from."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+class KeyValues(NamedTuple):
+    """Cached keys and values, as a backbone reads and writes them.
+
+    Attributes:
+        key: ``[slots, layers, kv_heads, capacity, head_dim]``.
+        value: the same shape.
+        rows: int64 ``[B]``, the slot of each row of the batch; ``None`` where row ``i`` is slot ``i``.
+
+    Examples:
+        >>> pool = KeyValues(torch.zeros(3, 1, 2, 8, 4), torch.zeros(3, 1, 2, 8, 4))
+        >>> pool.narrow(5).key.shape
+        torch.Size([3, 1, 2, 5, 4])
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    rows: torch.Tensor | None = None
+
+    def narrow(self, length: int) -> KeyValues:
+        """Returns a view of the first ``length`` positions: attention then costs what is there, not what could be."""
+        return self._replace(key=self.key[..., :length, :], value=self.value[..., :length, :])
+
+
+class KVCache:
+    """A pool of contexts, one slot per stream, found by the stream's address.
+
+    The tensordict carries the address (``stream``), this object the numbers, so nothing large travels through
+    collectors, and rows may come in any order, any subset and from any number of collectors. Slots are added as
+    streams appear, up to ``max_streams``; then the least recently used one is forgotten.
+
+    Args:
+        new_kv_cache: allocates keys and values for a number of slots (``None``: nothing is to be cached but steps).
+        window: number of steps a context holds.
+        max_streams: largest number of slots.
+
+    Examples:
+        >>> cache = KVCache(None, window=4, max_streams=2)
+        >>> cache.locate([11, 22], [True, True]).tolist()
+        [0, 1]
+        >>> cache.locate([22], [False]).tolist()
+        [1]
+        >>> cache.locate([33], [True]).tolist()  # 11 was used least recently
+        [0]
+        >>> cache.locate([11], [False])
+        Traceback (most recent call last):
+            ...
+        RuntimeError: KVCache: a row in the middle of a task must have a context, got none for row 0 (stream 11)...
+    """
+
+    def __init__(self, new_kv_cache: Callable[[int], KeyValues] | None, *, window: int, max_streams: int) -> None:
+        self.window = window
+        self.max_streams = max_streams
+        self.length = torch.zeros(0, dtype=torch.int64)
+        """Steps in each slot's context, int64 ``[slots]``; on the CPU, so that no step waits for a device."""
+        self.version = torch.zeros(0, dtype=torch.int64)
+        """Version of the weights that each slot's keys were computed with, int64 ``[slots]``, on the CPU."""
+        self._new_kv_cache = new_kv_cache
+        self._slots: OrderedDict[int, int] = OrderedDict()  # stream -> slot, least recently used first
+        self._key_values: KeyValues | None = None
+        self._steps: dict[str, torch.Tensor] = {}
+        self._last: tuple[list[int], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Number of streams with a context."""
+        return len(self._slots)
+
+    def locate(self, streams: Sequence[int], starts: Sequence[bool]) -> torch.Tensor:
+        """Finds the slot of each row; a row that starts a task gets an empty context.
+
+        Args:
+            streams: the address of each row.
+            starts: whether the row is at the first step of its task.
+
+        Returns:
+            int64 ``[B]``, on the CPU.
+
+        Raises:
+            ValueError: two rows have one address, or there are more rows than ``max_streams``.
+            RuntimeError: a row in the middle of a task has no context here.
+        """
+        streams = list(streams)
+        if self._last is not None and streams == self._last[0]:
+            rows = self._last[1]
+        else:
+            self._check(streams, starts)
+            rows = torch.tensor(self._take(streams))
+            self._last = streams, rows
+        self.length[rows[torch.tensor(starts, dtype=torch.bool)]] = 0
+        return rows
+
+    def _check(self, streams: list[int], starts: Sequence[bool]) -> None:
+        if len(set(streams)) < len(streams):
+            twice = next(stream for stream in streams if streams.count(stream) > 1)
+            raise ValueError(
+                f"KVCache: stream must be unique in a batch, got {twice} more than once. Each environment row needs an "
+                "address of its own: let TaskEnv or StreamTracker write it."
+            )
+        if len(streams) > self.max_streams:
+            raise ValueError(
+                f"KVCache: a batch must have at most max_streams={self.max_streams} rows, got {len(streams)}. "
+                "Raise max_streams."
+            )
+        for row, (stream, start) in enumerate(zip(streams, starts, strict=True)):
+            if not start and stream not in self._slots:
+                raise RuntimeError(
+                    "KVCache: a row in the middle of a task must have a context, got none for "
+                    f"row {row} (stream {stream}). Its earlier steps did not pass through this module (a random "
+                    "phase, another policy, a copy of the module, or more streams than max_streams="
+                    f"{self.max_streams}): reset the environment, or show the module every step of a task."
+                )
+
+    def _take(self, streams: list[int]) -> list[int]:
+        for stream in streams:
+            if stream in self._slots:
+                self._slots.move_to_end(stream)
+        missing = [stream for stream in streams if stream not in self._slots]
+        self._grow(min(len(self._slots) + len(missing), self.max_streams))
+        free = sorted(set(range(len(self.length))) - set(self._slots.values()))
+        for stream in missing:
+            slot = free.pop(0) if free else self._slots.popitem(last=False)[1]
+            self._slots[stream] = slot
+        return [self._slots[stream] for stream in streams]
+
+    def _grow(self, slots: int) -> None:
+        more = slots - len(self.length)
+        if more <= 0:
+            return
+        # Tensors made inside inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            self.length = torch.cat([self.length, self.length.new_zeros(more)])
+            self.version = torch.cat([self.version, self.version.new_zeros(more)])
+            if self._new_kv_cache is not None:
+                new = self._new_kv_cache(more)
+                old = self._key_values
+                if old is not None:
+                    new = KeyValues(torch.cat([old.key, new.key]), torch.cat([old.value, new.value]))
+                self._key_values = new
+            for name, steps in self._steps.items():
+                self._steps[name] = torch.cat([steps, steps.new_zeros((more, *steps.shape[1:]))])
+
+    def key_values(self, rows: torch.Tensor, length: int) -> KeyValues | None:
+        """Returns the keys and values of some slots, up to a number of positions.
+
+        Args:
+            rows: int64 ``[B]`` slots, on the CPU.
+            length: positions that are needed, at most the capacity.
+        """
+        if self._key_values is None:
+            return None
+        in_order = torch.equal(rows, torch.arange(len(rows)))
+        pool = self._key_values.narrow(length)
+        if in_order:  # A view: no copy of the context at each step.
+            return KeyValues(pool.key[: len(rows)], pool.value[: len(rows)])
+        return pool._replace(rows=rows.to(pool.key.device))
+
+    def remember(self, rows: torch.Tensor, steps: Mapping[str, torch.Tensor], counts: torch.Tensor) -> None:
+        """Keeps the raw steps that were just encoded, and advances the contexts' lengths.
+
+        Args:
+            rows: int64 ``[B]`` slots, on the CPU.
+            steps: by modality, ``[B, T, ...]``.
+            counts: int64 ``[B]``, how many of the ``T`` steps of each row are real, on the CPU.
+        """
+        num = next(iter(steps.values())).shape[1]
+        at = self.length[rows].unsqueeze(-1) + torch.arange(num)
+        for name, values in steps.items():
+            if name not in self._steps:
+                with torch.inference_mode(False):
+                    self._steps[name] = values.new_zeros((len(self.length), self.window, *values.shape[2:]))
+            self._steps[name][rows.unsqueeze(-1).to(values.device), at.to(values.device)] = values
+        self.length[rows] += counts
+
+    def recall(self, rows: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the newest steps of some slots, oldest first; what lies beyond a row's count repeats its last step.
+
+        Args:
+            rows: int64 ``[B]`` slots, on the CPU.
+            counts: int64 ``[B]``, how many steps of each, at least 1, on the CPU.
+
+        Returns:
+            By modality, ``[B, max(counts), ...]``.
+        """
+        length = self.length[rows].unsqueeze(-1)
+        at = length - counts.unsqueeze(-1) + torch.arange(int(counts.max()))
+        at = torch.minimum(at, length - 1)
+        return {
+            name: steps[rows.unsqueeze(-1).to(steps.device), at.to(steps.device)] for name, steps in self._steps.items()
+        }

@@ -1,0 +1,261 @@
+"""The trunk: embedder and backbone as one TensorDictModule, over windows or step by step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tensordict.nn import TensorDictModuleBase, dispatch
+from torchrl.modules.tensordict_module.rnn import recurrent_mode
+
+from torchrl_mouse import schema
+from torchrl_mouse.functional import segment_mask, segment_positions
+from torchrl_mouse.modules.embedding import MODALITIES
+from torchrl_mouse.modules.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tensordict import TensorDictBase
+    from tensordict.utils import NestedKey
+
+    from torchrl_mouse.modules.backbone import CausalBackbone
+    from torchrl_mouse.modules.embedding import StepEmbedder
+
+MODALITY_KEYS: dict[str, NestedKey] = {
+    "time": schema.EPISODE_STEP,
+    "action": schema.PREVIOUS_ACTION,
+    "continuous": schema.OBSERVATION,
+    "discrete": schema.OBSERVATION_DISCRETE,
+    "image": schema.PIXELS,
+    "reward": schema.PREVIOUS_REWARD,
+    "done": "previous",
+}
+"""The entry that each modality reads; ``done`` names the parent of ``terminated`` and ``truncated``."""
+
+
+class Trunk(TensorDictModuleBase):
+    """Turns what was seen so far into a hidden state per step.
+
+    It runs in TorchRL's two modes (:class:`~torchrl.modules.set_recurrent_mode`), which agree at every step:
+
+    - **recurrent** (training; every ``LossModule`` switches it on): one pass over a window ``[*, T]``. Attention is
+      causal and never crosses ``is_init``; index 0 begins a context. Padding belongs at a window's end, where no real
+      step can see it. Gradients flow.
+    - **sequential** (collection): one new step per row against a key-value cache. The tensordict carries the address of
+      each row's context (``stream``), the trunk the numbers; ``is_init`` restarts a row. No gradients flow.
+
+    Args:
+        embedder: the step embedder.
+        backbone: the causal backbone; ``None`` reads out each step by itself.
+        window: number of steps a context holds in sequential mode.
+        keys: overrides of :data:`MODALITY_KEYS`.
+        overflow: what happens at a full context: ``"rebuild"`` goes on with the newest half, encoded afresh from the
+            raw steps, so positions restart; ``"error"`` raises.
+        on_weight_update: what happens to contexts after :meth:`mark_weight_update`: ``"rebuild"`` encodes their steps
+            afresh with the new weights, ``"keep"`` goes on with the old keys and values.
+        max_streams: largest number of contexts; the least recently used is forgotten first.
+
+    Raises:
+        ValueError: a window longer than the backbone's positions, or an unknown option.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.modules import set_recurrent_mode
+        >>> from torchrl_mouse.modules import CausalBackbone, StepEmbedder
+        >>> embedder = StepEmbedder(16, max_num_obs_continuous=2, include_reward_token=False, include_done_token=False)
+        >>> trunk = Trunk(embedder, CausalBackbone(16, num_layers=1, num_heads=2), window=8)
+        >>> steps = TensorDict({"observation": torch.randn(1, 3, 2)}, [1, 3])
+        >>> steps["is_init"] = torch.tensor([[[True], [False], [False]]])
+        >>> steps["stream"] = torch.full((1, 3, 1), 7)
+        >>> with set_recurrent_mode(True):
+        ...     window = trunk(steps.clone())["hidden"]
+        >>> sequential = torch.stack([trunk(steps[:, t])["hidden"] for t in range(3)], 1)
+        >>> torch.allclose(window, sequential, atol=1e-6)
+        True
+    """
+
+    def __init__(
+        self,
+        embedder: StepEmbedder,
+        backbone: CausalBackbone | None,
+        *,
+        window: int,
+        keys: Mapping[str, NestedKey] | None = None,
+        overflow: Literal["rebuild", "error"] = "rebuild",
+        on_weight_update: Literal["rebuild", "keep"] = "rebuild",
+        max_streams: int = 1024,
+    ) -> None:
+        super().__init__()
+        for name, value, options in (
+            ("overflow", overflow, ("rebuild", "error")),
+            ("on_weight_update", on_weight_update, ("rebuild", "keep")),
+        ):
+            if value not in options:
+                raise ValueError(f"Trunk: {name} must be one of {', '.join(options)}, got {value!r}.")
+        if window < 1:
+            raise ValueError(f"Trunk: window must be at least 1 step, got {window}.")
+        if unknown := set(keys or {}) - set(MODALITIES):
+            raise ValueError(f"Trunk: keys must name modalities ({', '.join(MODALITIES)}), got {sorted(unknown)}.")
+        self.embedder = embedder
+        self.backbone = backbone
+        self.window = window
+        self.overflow = overflow
+        self.on_weight_update = on_weight_update
+        self.max_streams = max_streams
+        self.keys = {name: (keys or {}).get(name, MODALITY_KEYS[name]) for name in embedder.modalities}
+        if backbone is not None:
+            self._check_fits(window)
+        # A buffer, so that it travels with the weights to collectors in other processes.
+        self.register_buffer("weight_version", torch.zeros((), dtype=torch.int64))
+        self._cache: KVCache | None = None
+        self.in_keys = [
+            *(key for name, key in self.keys.items() if name != "done"),
+            *(self._end_keys() if "done" in self.keys else ()),
+            schema.IS_INIT,
+            schema.STREAM,
+        ]
+        self.out_keys = [schema.HIDDEN]
+
+    def _end_keys(self) -> tuple[NestedKey, NestedKey]:
+        parent = self.keys["done"]
+        parent = parent if isinstance(parent, tuple) else (parent,)
+        return (*parent, "terminated"), (*parent, "truncated")
+
+    def _check_fits(self, steps: int) -> None:
+        if self.backbone is not None and steps * self.embedder.tokens_per_step > self.backbone.max_seq_len:
+            raise ValueError(
+                f"Trunk: a window must fit max_position_embeddings={self.backbone.max_seq_len} tokens, got {steps} "
+                f"steps of {self.embedder.tokens_per_step}. Shorten the window, or give the backbone more positions."
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A cache that is pickled goes through shared memory: the workers of a collector would write to one another's.
+        return {**self.__dict__, "_cache": None}
+
+    def reset_cache(self) -> None:
+        """Forgets every context and frees its memory."""
+        self._cache = None
+
+    def mark_weight_update(self) -> None:
+        """Says that the weights have changed; contexts are then treated as ``on_weight_update`` says."""
+        self.weight_version += 1
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes ``hidden`` ``[*, D]``.
+
+        Args:
+            tensordict: steps ``[*, T]`` in recurrent, ``[*]`` in sequential mode.
+
+        Raises:
+            KeyError: an entry is missing.
+            ValueError: a window does not fit, ids are out of range or of an unknown encoding.
+            RuntimeError: (sequential) a row in the middle of a task has no context.
+        """
+        hidden = self._window(tensordict) if recurrent_mode() else self._step(tensordict)
+        return tensordict.set(schema.HIDDEN, hidden)
+
+    def read(self, steps: TensorDictBase) -> dict[str, torch.Tensor]:
+        """Reads the modalities of steps ``[*]``: ids and codes int64 ``[*]``, ``reward`` ``[*]``, others ``[*, C]``."""
+        values = {}
+        for name, key in self.keys.items():
+            if name == "done":
+                terminated, truncated = (schema.require(steps, end) for end in self._end_keys())
+                values[name] = schema.done_code(terminated, truncated).reshape(steps.shape)
+                continue
+            value = schema.require(steps, key)
+            if name in ("time", "reward"):
+                values[name] = value.reshape(steps.shape)
+            elif name in ("action", "discrete"):
+                values[name] = schema.to_ids(value, self.embedder.num_ids(name), steps.ndim, key)
+            else:
+                values[name] = value.flatten(steps.ndim) if value.ndim > steps.ndim else value.unsqueeze(-1)
+        return values
+
+    def _window(self, steps: TensorDictBase) -> torch.Tensor:
+        if steps.ndim == 0:
+            raise ValueError("Trunk: a window must be [*, T] in recurrent mode, got no time dimension.")
+        num = steps.shape[-1]
+        self._check_fits(num)
+        embed = self.embedder(self.read(steps)).reshape(-1, num, *self._token_shape)  # (B, T, N, D)
+        positions, mask = self._contexts(schema.require(steps, schema.IS_INIT).reshape(-1, num))
+        out = embed.flatten(1, 2)
+        if self.backbone is not None:
+            out, _ = self.backbone(out, positions, mask)
+        return self._read_out(out, num).reshape(*steps.shape, -1)
+
+    def _contexts(self, is_init: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        # One context per row is the rule, and needs no mask; to look would make an accelerator wait.
+        if is_init.device.type == "cpu" and not torch.compiler.is_compiling() and not is_init[:, 1:].any():
+            return None, None
+        per_step = self.embedder.tokens_per_step
+        is_init = torch.cat([torch.ones_like(is_init[:, :1]), is_init[:, 1:]], 1)
+        first = torch.zeros(per_step, dtype=torch.bool, device=is_init.device)
+        first[0] = True
+        is_init = (is_init.unsqueeze(-1) & first).flatten(1)  # (B, T * N)
+        return segment_positions(is_init), segment_mask(is_init)
+
+    @property
+    def _token_shape(self) -> tuple[int, int]:
+        return self.embedder.tokens_per_step, self.embedder.hidden_dim
+
+    def _read_out(self, tokens: torch.Tensor, num: int) -> torch.Tensor:
+        return tokens.reshape(len(tokens), num, -1, tokens.shape[-1])[:, :, -1]  # (B, T, D)
+
+    @torch.no_grad()
+    def _step(self, steps: TensorDictBase) -> torch.Tensor:
+        flat = steps.reshape(-1)
+        values = {name: value.unsqueeze(1) for name, value in self.read(flat).items()}
+        if self.backbone is None:
+            return self._read_out(self.embedder(values).flatten(1, 2), 1).reshape(*steps.shape, -1)
+        if self._cache is None:
+            self._cache = KVCache(self._new_kv_cache, window=self.window, max_streams=self.max_streams)
+        cache, version = self._cache, int(self.weight_version)
+        streams = schema.require(flat, schema.STREAM).reshape(-1).tolist()
+        starts = schema.require(flat, schema.IS_INIT).reshape(-1).tolist()
+        rows = cache.locate(streams, starts)
+        cache.version[rows[cache.length[rows] == 0]] = version
+        if self.on_weight_update == "rebuild":
+            self._rebuild(rows[cache.version[rows] != version], self.window)
+            cache.version[rows] = version
+        full = cache.length[rows] == self.window
+        if full.any():
+            if self.overflow == "error":
+                row = int(full.nonzero()[0])
+                raise RuntimeError(
+                    f"Trunk: a context must hold at most window={self.window} steps, got one more for row {row} "
+                    f"(stream {streams[row]}). Raise window, or choose overflow='rebuild'."
+                )
+            self._rebuild(rows[full], self.window // 2)
+        return self._encode(rows, values, torch.ones_like(rows))[:, 0].reshape(*steps.shape, -1)
+
+    def _new_kv_cache(self, slots: int) -> Any:
+        assert self.backbone is not None
+        return self.backbone.new_kv_cache(slots, capacity=self.window * self.embedder.tokens_per_step)
+
+    def _encode(self, rows: torch.Tensor, values: Mapping[str, torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
+        """Appends steps ``[B, T]`` to contexts; only the first ``counts[i]`` of row ``i`` are real and stay visible."""
+        assert self.backbone is not None
+        assert self._cache is not None
+        embed = self.embedder(values)  # (B, T, N, D)
+        num = embed.shape[1]
+        begin = self._cache.length[rows] * self.embedder.tokens_per_step
+        tokens = num * self.embedder.tokens_per_step
+        positions = begin.unsqueeze(-1) + torch.arange(tokens)
+        kv_cache = self._cache.key_values(rows, int(begin.max()) + tokens)
+        out, _ = self.backbone(embed.flatten(1, 2), positions.to(embed.device), kv_cache=kv_cache)
+        self._cache.remember(rows, values, counts)
+        return self._read_out(out, num)
+
+    def _rebuild(self, rows: torch.Tensor, keep: int) -> None:
+        """Encodes the newest ``keep`` remembered steps of contexts afresh."""
+        if not len(rows):
+            return
+        assert self._cache is not None
+        counts = self._cache.length[rows].clamp(max=keep)
+        rows, counts = rows[counts > 0], counts[counts > 0]
+        if len(rows):
+            values = self._cache.recall(rows, counts)
+            self._cache.length[rows] = 0
+            self._encode(rows, values, counts)

@@ -1,0 +1,7 @@
+"""Losses; they build no network."""
+
+from torchrl_mouse.objectives.common import CombinedLoss, InContextLoss
+from torchrl_mouse.objectives.dqn import MouseDQNLoss
+from torchrl_mouse.objectives.supervised import SupervisedPolicyLoss
+
+__all__ = ["CombinedLoss", "InContextLoss", "MouseDQNLoss", "SupervisedPolicyLoss"]

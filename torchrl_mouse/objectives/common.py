@@ -1,0 +1,189 @@
+"""What in-context losses share, and the loss that runs several of them on one trunk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from torch import nn
+from torchrl.objectives import LossModule
+
+from torchrl_mouse import schema
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tensordict.utils import NestedKey
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class InContextLoss(LossModule):
+    """Base of the losses on a head that reads the trunk's hidden states.
+
+    The trunk runs once, over the root sequence, whose windows begin a context at index 0; a loss shifts inside the
+    window for what comes next. Losses that share a trunk are built without one and combined by :class:`CombinedLoss`.
+
+    Args:
+        head: reads ``hidden`` and writes the head's output.
+        trunk: writes ``hidden``; ``None`` where the input holds it already. It has no target: a slowly moving copy of
+            the head alone steadies bootstrapping, at no cost in memory.
+        delay_value: keep a target copy of the head, moved by ``SoftUpdate`` or ``HardUpdate``.
+        reduction: ``"mean"`` over the valid steps, ``"sum"`` or ``"none"`` (invalid steps are zero).
+
+    Raises:
+        ValueError: an unknown reduction.
+    """
+
+    @dataclass
+    class _AcceptedKeys:
+        is_init: NestedKey = schema.IS_INIT
+        priority_weight: NestedKey = "priority_weight"
+
+    tensor_keys: Any
+    default_keys: Any = _AcceptedKeys
+    head: TensorDictModule
+    head_params: TensorDictParams
+    target_head_params: TensorDictParams
+    trunk: TensorDictModuleBase
+    trunk_params: TensorDictParams
+    target_trunk_params: TensorDictParams
+
+    def __init__(
+        self,
+        head: TensorDictModule,
+        *,
+        trunk: TensorDictModuleBase | None = None,
+        delay_value: bool = False,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"{type(self).__name__}: reduction must be one of {REDUCTIONS}, got {reduction!r}.")
+        self._in_keys: list[NestedKey] | None = None
+        self.reduction = reduction
+        self.use_prioritized_weights: bool | str = "auto"
+        self.has_trunk = trunk is not None
+        if trunk is not None:
+            self.convert_to_functional(trunk, "trunk", create_target_params=False)
+        self.convert_to_functional(head, "head", create_target_params=delay_value)
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """The entries that the loss reads."""
+        if self._in_keys is None:
+            read = [key for key in self.trunk.in_keys if key != schema.STREAM] if self.has_trunk else [schema.HIDDEN]
+            self._in_keys = list(dict.fromkeys([*read, *self._loss_keys()]))
+        return self._in_keys
+
+    @in_keys.setter
+    def in_keys(self, keys: list[NestedKey]) -> None:
+        self._in_keys = keys
+
+    def _loss_keys(self) -> list[NestedKey]:
+        return [schema.PREVIOUS_TERMINATED, schema.PREVIOUS_TRUNCATED]
+
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        self._in_keys = None
+
+    def _predict(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Returns the steps with the trunk's and the head's outputs; the input is left as it was."""
+        if tensordict.ndim == 0:
+            raise ValueError(f"{type(self).__name__}: steps must be [*, T], got no time dimension.")
+        steps = tensordict.copy()
+        if self.has_trunk:
+            with self.trunk_params.to_module(self.trunk, preserve_module_state=False):
+                self.trunk(steps)
+        with self.head_params.to_module(self.head, preserve_module_state=False):
+            self.head(steps)
+        return steps
+
+    def _reduce(self, loss: torch.Tensor, valid: torch.Tensor, tensordict: TensorDictBase) -> torch.Tensor:
+        """Reduces a loss ``[*, T]`` over the valid steps; a batch without any costs zero."""
+        weights = self._maybe_get_priority_weight(tensordict)
+        loss = torch.where(valid, loss, 0.0)
+        if weights is not None:
+            weights = weights.reshape(weights.shape[: loss.ndim] + (1,) * (loss.ndim - weights.ndim)).expand_as(loss)
+            loss = loss * weights
+        if self.reduction == "none":
+            return loss
+        if self.reduction == "sum":
+            return loss.sum()
+        count = valid if weights is None else valid * weights
+        return loss.sum() / count.sum().clamp_min(torch.finfo(loss.dtype).tiny)
+
+
+class CombinedLoss(LossModule):
+    """Runs a trunk once and several losses on it.
+
+    Each parameter appears once, so ``loss.parameters()`` is what an optimiser wants; target updaters take the part
+    that has targets: ``SoftUpdate(loss.losses["dqn"], tau=0.01)``.
+
+    Args:
+        trunk: writes ``hidden``.
+        losses: by name, losses built without a trunk.
+        weights: factor of each loss's terms; 1 where not given.
+
+    Raises:
+        ValueError: a loss has a trunk of its own, a weight names no loss, or two losses write the same entry.
+
+    Examples:
+        >>> from torchrl_mouse.models import MouseConfig, MouseModel
+        >>> from torchrl_mouse.objectives import SupervisedPolicyLoss
+        >>> heads = {"embedding_kwargs": {"max_num_actions": 3}, "sp_head_kwargs": {}}
+        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone=None, **heads))
+        >>> CombinedLoss(model.trunk, {"sp": SupervisedPolicyLoss(model.head("sp"))}, weights={"sp": 0.5}).out_keys
+        ['loss_sp']
+    """
+
+    trunk: TensorDictModuleBase
+    trunk_params: TensorDictParams
+    target_trunk_params: TensorDictParams
+
+    def __init__(
+        self,
+        trunk: TensorDictModuleBase,
+        losses: Mapping[str, InContextLoss],
+        *,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        weights = dict(weights or {})
+        if unknown := set(weights) - set(losses):
+            raise ValueError(f"CombinedLoss: weights must name losses ({', '.join(losses)}), got {sorted(unknown)}.")
+        self.out_keys: list[str] = []
+        for name, loss in losses.items():
+            if getattr(loss, "has_trunk", False):
+                raise ValueError(
+                    f"CombinedLoss: loss {name!r} must be built without trunk=, got one. The trunk runs once, here."
+                )
+            if twice := set(self.out_keys) & set(loss.out_keys):
+                raise ValueError(f"CombinedLoss: losses must write distinct entries, got {sorted(twice)} twice.")
+            self.out_keys += loss.out_keys
+        self.weights = {name: weights.get(name, 1.0) for name in losses}
+        self.convert_to_functional(trunk, "trunk", create_target_params=False)
+        self.losses = nn.ModuleDict(losses)
+        keys = [key for key in trunk.in_keys if key != schema.STREAM]
+        for loss in losses.values():
+            keys += [key for key in loss.in_keys if key != schema.HIDDEN]
+        self.in_keys = list(dict.fromkeys(keys))
+
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Returns every loss's entries; those that begin with ``loss`` are weighted.
+
+        Args:
+            tensordict: steps ``[*, T]``.
+        """
+        steps = tensordict.copy()
+        with self.trunk_params.to_module(self.trunk, preserve_module_state=False):
+            self.trunk(steps)
+        out: dict[str, torch.Tensor] = {}
+        for name, loss in self.losses.items():
+            for key, value in loss(steps).items():
+                out[key] = value * self.weights[name] if key.startswith("loss") else value
+        tensordict.update(steps.exclude(schema.HIDDEN, *tensordict.keys()))  # Priorities.
+        return TensorDict(out)

@@ -1,0 +1,296 @@
+"""The step: key names, episode ends, validation, and MOUSE's own record layout.
+
+One in-memory layout is used online and offline, TorchRL's own transitions. At step ``t`` the root holds the
+observation, the transition that *led to it* under ``"previous"``, the counters and the action taken; ``"next"``
+holds the reward, the ends of the **task**, and the next frame. An episode end inside a task is an observation (the
+*terminal frame*), not a TorchRL ``done``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+
+if TYPE_CHECKING:
+    from tensordict.utils import NestedKey
+
+OBSERVATION: NestedKey = "observation"
+OBSERVATION_DISCRETE: NestedKey = "observation_discrete"
+PIXELS: NestedKey = "pixels"
+PREVIOUS_ACTION: NestedKey = ("previous", "action")
+PREVIOUS_REWARD: NestedKey = ("previous", "reward")
+PREVIOUS_XFORMED_REWARD: NestedKey = ("previous", "xformed_reward")
+PREVIOUS_TERMINATED: NestedKey = ("previous", "terminated")
+PREVIOUS_TRUNCATED: NestedKey = ("previous", "truncated")
+EPISODE_STEP: NestedKey = "episode_step"
+IS_INIT: NestedKey = "is_init"
+STREAM: NestedKey = "stream"
+ACTION: NestedKey = "action"
+Q_STAR: NestedKey = "q_star"
+MASK: NestedKey = ("collector", "mask")
+HIDDEN: NestedKey = "hidden"
+
+RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
+"""MOUSE's done codes: the episode goes on, was ended by the environment, or by a step limit."""
+
+_RECORD_ENTRIES = {
+    "obs_continuous": OBSERVATION,
+    "obs_discrete": OBSERVATION_DISCRETE,
+    "obs_image": PIXELS,
+    "xformed_reward": PREVIOUS_XFORMED_REWARD,
+}
+
+
+def done_code(terminated: torch.Tensor, truncated: torch.Tensor) -> torch.Tensor:
+    """Encodes episode ends as MOUSE's done code; ``terminated`` wins where both are set.
+
+    Args:
+        terminated: bool, any shape.
+        truncated: bool, same shape.
+
+    Returns:
+        int64 of the same shape: 0 running, 1 terminated, 2 truncated.
+
+    Examples:
+        >>> flags = torch.tensor([[False, False], [True, True], [False, True]])
+        >>> done_code(flags[:, 0], flags[:, 1]).tolist()
+        [0, 1, 2]
+    """
+    return torch.where(terminated, TERMINATED, torch.where(truncated, TRUNCATED, RUNNING))
+
+
+def is_terminal_frame(steps: TensorDictBase) -> torch.Tensor:
+    """Marks the frames that show an episode's end: nothing is decided there.
+
+    Args:
+        steps: steps ``[*]`` with the ``("previous", "terminated" / "truncated")`` entries.
+
+    Returns:
+        bool ``[*]``, true where the previous transition ended an episode.
+
+    Examples:
+        >>> previous = {"terminated": torch.tensor([[False], [True]]), "truncated": torch.zeros(2, 1, dtype=torch.bool)}
+        >>> is_terminal_frame(TensorDict({"previous": previous}, [2])).tolist()
+        [False, True]
+    """
+    return (require(steps, PREVIOUS_TERMINATED) | require(steps, PREVIOUS_TRUNCATED)).squeeze(-1)
+
+
+def decision_mask(steps: TensorDictBase) -> torch.Tensor:
+    """Marks the steps whose action was a decision: no terminal frame, no padding.
+
+    Args:
+        steps: steps ``[*]``; ``("collector", "mask")`` (bool, ``[*]`` or ``[*, 1]``) is honoured where present.
+
+    Returns:
+        bool ``[*]``.
+
+    Examples:
+        >>> flags = torch.tensor([[False], [True], [False]])
+        >>> steps = TensorDict({"previous": {"terminated": flags, "truncated": flags}}, [3])
+        >>> steps["collector", "mask"] = torch.tensor([True, True, False])
+        >>> decision_mask(steps).tolist()
+        [True, False, False]
+    """
+    decision = ~is_terminal_frame(steps)
+    mask = steps.get(MASK, None)
+    return decision if mask is None else decision & mask.reshape(decision.shape)
+
+
+def require(steps: TensorDictBase, key: NestedKey) -> torch.Tensor:
+    """Returns an entry, or says what is missing and what there is.
+
+    Raises:
+        KeyError: the entry is absent.
+
+    Examples:
+        >>> require(TensorDict({"action": torch.tensor([1, 2])}, [2]), "action").tolist()
+        [1, 2]
+    """
+    value: torch.Tensor | None = steps.get(key, None)
+    if value is None:
+        present = sorted(map(str, steps.keys(include_nested=True, leaves_only=True)))
+        raise KeyError(f"steps: entry {key!r} must be present, got only {', '.join(present) or 'no entry'}.")
+    return value
+
+
+def to_ids(value: torch.Tensor, num: int, batch_ndim: int, key: NestedKey) -> torch.Tensor:
+    """Reads a categorical or one-hot entry as ids.
+
+    TorchRL encodes a discrete space as ids or one-hot vectors, by spec; an all-zero vector (the previous action at an
+    episode's first frame) reads as id 0, which is how MOUSE stores it.
+
+    Args:
+        value: ``[*]`` or ``[*, 1]`` integer ids, or ``[*, num]`` one-hot of any dtype.
+        num: number of ids, at least 1.
+        batch_ndim: number of leading batch dimensions ``*``.
+        key: the entry's key, for the error.
+
+    Returns:
+        int64 ``[*]``.
+
+    Raises:
+        ValueError: the trailing shape is none of the three.
+        TypeError: ids that are not integers.
+
+    Examples:
+        >>> to_ids(torch.tensor([[0, 0, 1], [0, 0, 0]]), 3, 1, "action").tolist()
+        [2, 0]
+        >>> to_ids(torch.tensor([2, 0]), 3, 1, "action").tolist()
+        [2, 0]
+    """
+    trailing = tuple(value.shape[batch_ndim:])
+    if trailing == (num,) and num > 1:
+        return value.to(torch.int8).argmax(-1) if value.dtype == torch.bool else value.argmax(-1)
+    if trailing not in ((), (1,)):
+        raise ValueError(
+            f"steps: entry {key!r} must hold ids [*] or [*, 1], or one-hot vectors [*, {num}], got trailing shape "
+            f"{trailing}. Set the number of ids to the space's size, or encode the space as one of these."
+        )
+    if value.is_floating_point() or value.dtype == torch.bool:
+        raise TypeError(f"steps: entry {key!r} must hold integer ids, got {value.dtype}. Convert it with .long().")
+    return (value.squeeze(-1) if trailing else value).long()
+
+
+def check_ids(ids: torch.Tensor, num: int, key: NestedKey) -> None:
+    """Raises when an id lies outside ``[0, num)``.
+
+    Reading the values would make an accelerator wait, so ids there are not looked at.
+
+    Args:
+        ids: integers of any shape.
+        num: number of ids.
+        key: the entry's key, for the error.
+
+    Raises:
+        ValueError: an id is negative or too large.
+
+    Examples:
+        >>> check_ids(torch.tensor([0, 7]), 5, "action")
+        Traceback (most recent call last):
+            ...
+        ValueError: steps: entry 'action' must lie in [0, 5), got 7. Raise the model's size for it, or fix the data.
+    """
+    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= num:
+        raise ValueError(
+            f"steps: entry {key!r} must lie in [0, {num}), got {low if low < 0 else high}. "
+            "Raise the model's size for it, or fix the data."
+        )
+
+
+def from_mouse_records(records: TensorDictBase) -> TensorDict:
+    """Converts a MOUSE record batch to steps.
+
+    A MOUSE record holds an observation and the action, reward and done code that led to it, so the transition out of
+    record ``t`` is read from record ``t + 1``. The last record has no successor: it carries no decision
+    (``("collector", "mask")`` is false there) and its ``"next"`` repeats its own frame.
+
+    Args:
+        records: ``[B, S]`` with ``action`` int64, ``reward`` float32, ``done`` int64 in {0, 1, 2} and ``time`` int64,
+            and any of ``obs_continuous`` ``[B, S, C]``, ``obs_discrete``, ``obs_image`` ``[B, S, P]``, ``q_star``
+            ``[B, S, A]``, ``xformed_reward``.
+
+    Returns:
+        Steps ``[B, S]``; index 0 is marked as the task's first step.
+
+    Raises:
+        KeyError: an entry is missing.
+        ValueError: the batch has no time dimension, or a done code is none of the three.
+
+    Examples:
+        >>> records = {"action": [[0, 3]], "reward": [[0.0, 1.0]], "done": [[0, 1]], "time": [[0, 1]]}
+        >>> records = TensorDict(records, [1, 2])
+        >>> steps = from_mouse_records(records)
+        >>> steps["action"].tolist(), steps["next", "reward"].squeeze(-1).tolist()
+        ([[3, 0]], [[1.0, 0.0]])
+        >>> bool((to_mouse_records(steps)["done"] == records["done"]).all())
+        True
+    """
+    if records.ndim < 1 or records.shape[-1] < 1:
+        raise ValueError(f"from_mouse_records: records must be [*, S] with S >= 1, got {tuple(records.shape)}.")
+    done = require(records, "done")
+    invalid = (done < RUNNING) | (done > TRUNCATED)
+    if invalid.any():
+        raise ValueError(f"from_mouse_records: done must be 0, 1 or 2, got {int(done[invalid][0])}.")
+    action, reward = require(records, "action"), require(records, "reward").unsqueeze(-1)
+    frame = TensorDict(
+        {
+            PREVIOUS_ACTION: action,
+            PREVIOUS_REWARD: reward,
+            PREVIOUS_TERMINATED: (done == TERMINATED).unsqueeze(-1),
+            PREVIOUS_TRUNCATED: (done == TRUNCATED).unsqueeze(-1),
+            EPISODE_STEP: require(records, "time").unsqueeze(-1),
+        },
+        records.shape,
+        device=records.device,
+    )
+    for theirs, ours in _RECORD_ENTRIES.items():
+        if (entry := records.get(theirs, None)) is not None:
+            frame[ours] = entry.unsqueeze(-1) if ours == PREVIOUS_XFORMED_REWARD else entry
+    follows = torch.arange(1, records.shape[-1] + 1, device=records.device).clamp(max=records.shape[-1] - 1)
+    mask = torch.ones(records.shape, dtype=torch.bool, device=records.device)
+    mask[..., -1] = False
+
+    def out_of(entry: torch.Tensor) -> torch.Tensor:
+        following = entry.index_select(records.ndim - 1, follows)
+        following.select(records.ndim - 1, -1).zero_()
+        return following
+
+    steps = frame.clone(recurse=False)
+    steps[IS_INIT] = torch.zeros_like(steps[PREVIOUS_TERMINATED])
+    steps[IS_INIT][..., 0, :] = True
+    steps[ACTION] = out_of(action)
+    steps[MASK] = mask
+    if (q_star := records.get(Q_STAR, None)) is not None:
+        steps[Q_STAR] = q_star
+    following = frame[..., follows]
+    following[IS_INIT] = torch.zeros_like(steps[IS_INIT])
+    following["reward"] = out_of(reward)
+    if (xformed := frame.get(PREVIOUS_XFORMED_REWARD, None)) is not None:
+        following["xformed_reward"] = out_of(xformed)
+    for end in ("done", "terminated", "truncated"):
+        following[end] = torch.zeros_like(steps[IS_INIT])
+    steps["next"] = following
+    return steps
+
+
+def to_mouse_records(steps: TensorDictBase) -> TensorDict:
+    """Converts steps back to MOUSE's record batch; the inverse of :func:`from_mouse_records`.
+
+    Args:
+        steps: ``[*, S]`` steps; only the frame entries at the root (and ``q_star``) are read.
+
+    Returns:
+        Records ``[*, S]`` under MOUSE's names.
+
+    Raises:
+        KeyError: a frame entry is missing.
+
+    Examples:
+        >>> records = {"action": [[0, 3]], "reward": [[0.0, 1.0]], "done": [[0, 1]], "time": [[0, 1]]}
+        >>> records = TensorDict(records, [1, 2])
+        >>> sorted(to_mouse_records(from_mouse_records(records)).keys())
+        ['action', 'done', 'reward', 'time']
+    """
+    done = done_code(require(steps, PREVIOUS_TERMINATED), require(steps, PREVIOUS_TRUNCATED))
+    records = TensorDict(
+        {
+            "action": require(steps, PREVIOUS_ACTION),
+            "reward": require(steps, PREVIOUS_REWARD).squeeze(-1),
+            "done": done.squeeze(-1),
+            "time": require(steps, EPISODE_STEP).squeeze(-1),
+        },
+        steps.shape,
+        device=steps.device,
+    )
+    for theirs, ours in _RECORD_ENTRIES.items():
+        if (entry := steps.get(ours, None)) is not None:
+            records[theirs] = entry.squeeze(-1) if ours == PREVIOUS_XFORMED_REWARD else entry
+    if (q_star := steps.get(Q_STAR, None)) is not None:
+        records[Q_STAR] = q_star
+    return records
