@@ -61,11 +61,18 @@ def done_code(terminated: torch.Tensor, truncated: torch.Tensor) -> torch.Tensor
     return torch.where(terminated, TERMINATED, torch.where(truncated, TRUNCATED, RUNNING))
 
 
-def is_terminal_frame(steps: TensorDictBase) -> torch.Tensor:
+def is_terminal_frame(
+    steps: TensorDictBase,
+    *,
+    terminated: NestedKey = PREVIOUS_TERMINATED,
+    truncated: NestedKey = PREVIOUS_TRUNCATED,
+) -> torch.Tensor:
     """Marks the frames that show an episode's end: nothing is decided there.
 
     Args:
-        steps: steps ``[*]`` with the ``("previous", "terminated" / "truncated")`` entries.
+        steps: steps ``[*]``.
+        terminated: entry bool ``[*, 1]``, whether the previous transition terminated an episode.
+        truncated: the same for a step limit.
 
     Returns:
         bool ``[*]``, true where the previous transition ended an episode.
@@ -75,14 +82,21 @@ def is_terminal_frame(steps: TensorDictBase) -> torch.Tensor:
         >>> is_terminal_frame(TensorDict({"previous": previous}, [2])).tolist()
         [False, True]
     """
-    return (require(steps, PREVIOUS_TERMINATED) | require(steps, PREVIOUS_TRUNCATED)).squeeze(-1)
+    return (require(steps, terminated) | require(steps, truncated)).squeeze(-1)
 
 
-def decision_mask(steps: TensorDictBase) -> torch.Tensor:
+def decision_mask(
+    steps: TensorDictBase,
+    *,
+    terminated: NestedKey = PREVIOUS_TERMINATED,
+    truncated: NestedKey = PREVIOUS_TRUNCATED,
+) -> torch.Tensor:
     """Marks the steps whose action was a decision: no terminal frame, no padding.
 
     Args:
         steps: steps ``[*]``; ``("collector", "mask")`` (bool, ``[*]`` or ``[*, 1]``) is honoured where present.
+        terminated: entry that marks terminal frames, see :func:`is_terminal_frame`.
+        truncated: the same for a step limit.
 
     Returns:
         bool ``[*]``.
@@ -94,7 +108,7 @@ def decision_mask(steps: TensorDictBase) -> torch.Tensor:
         >>> decision_mask(steps).tolist()
         [True, False, False]
     """
-    decision = ~is_terminal_frame(steps)
+    decision = ~is_terminal_frame(steps, terminated=terminated, truncated=truncated)
     mask = steps.get(MASK, None)
     return decision if mask is None else decision & mask.reshape(decision.shape)
 

@@ -4,6 +4,7 @@ from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
 from torchrl_mouse.modules.heads import DQNHead, SwiGLUHead
 from torchrl_mouse.modules.kv_cache import KeyValues, KVCache
+from torchrl_mouse.modules.tabular import TabularQLearner
 from torchrl_mouse.modules.trunk import Trunk
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "KeyValues",
     "StepEmbedder",
     "SwiGLUHead",
+    "TabularQLearner",
     "TokenType",
     "Trunk",
 ]

@@ -165,9 +165,9 @@ class Trunk(TensorDictModuleBase):
                 values[name] = schema.done_code(terminated, truncated).reshape(steps.shape)
                 continue
             value = schema.require(steps, key)
-            if name in ("time", "reward"):
+            if name == "reward":
                 values[name] = value.reshape(steps.shape)
-            elif name in ("action", "discrete"):
+            elif name in ("time", "action", "discrete"):
                 values[name] = schema.to_ids(value, self.embedder.num_ids(name), steps.ndim, key)
             else:
                 values[name] = value.flatten(steps.ndim) if value.ndim > steps.ndim else value.unsqueeze(-1)
@@ -254,8 +254,8 @@ class Trunk(TensorDictModuleBase):
             return
         assert self._cache is not None
         counts = self._cache.length[rows].clamp(max=keep)
-        rows, counts = rows[counts > 0], counts[counts > 0]
-        if len(rows):
-            values = self._cache.recall(rows, counts)
-            self._cache.length[rows] = 0
-            self._encode(rows, values, counts)
+        kept, counts = rows[counts > 0], counts[counts > 0]
+        values = self._cache.recall(kept, counts) if len(kept) else {}
+        self._cache.length[rows] = 0
+        if values:
+            self._encode(kept, values, counts)

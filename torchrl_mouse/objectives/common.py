@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict.utils import unravel_key_list
 from torch import nn
 from torchrl.objectives import LossModule
 
@@ -40,7 +41,8 @@ class InContextLoss(LossModule):
 
     @dataclass
     class _AcceptedKeys:
-        is_init: NestedKey = schema.IS_INIT
+        terminated: NestedKey = schema.PREVIOUS_TERMINATED
+        truncated: NestedKey = schema.PREVIOUS_TRUNCATED
         priority_weight: NestedKey = "priority_weight"
 
     tensor_keys: Any
@@ -76,7 +78,7 @@ class InContextLoss(LossModule):
         """The entries that the loss reads."""
         if self._in_keys is None:
             read = [key for key in self.trunk.in_keys if key != schema.STREAM] if self.has_trunk else [schema.HIDDEN]
-            self._in_keys = list(dict.fromkeys([*read, *self._loss_keys()]))
+            self._in_keys = list(dict.fromkeys(unravel_key_list([*read, *self._loss_keys()])))
         return self._in_keys
 
     @in_keys.setter
@@ -84,7 +86,7 @@ class InContextLoss(LossModule):
         self._in_keys = keys
 
     def _loss_keys(self) -> list[NestedKey]:
-        return [schema.PREVIOUS_TERMINATED, schema.PREVIOUS_TRUNCATED]
+        return [self.tensor_keys.terminated, self.tensor_keys.truncated]
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         self._in_keys = None
@@ -100,6 +102,10 @@ class InContextLoss(LossModule):
         with self.head_params.to_module(self.head, preserve_module_state=False):
             self.head(steps)
         return steps
+
+    def _decisions(self, steps: TensorDictBase) -> torch.Tensor:
+        keys = self.tensor_keys
+        return schema.decision_mask(steps, terminated=keys.terminated, truncated=keys.truncated)
 
     def _reduce(self, loss: torch.Tensor, valid: torch.Tensor, tensordict: TensorDictBase) -> torch.Tensor:
         """Reduces a loss ``[*, T]`` over the valid steps; a batch without any costs zero."""
@@ -166,10 +172,14 @@ class CombinedLoss(LossModule):
         self.weights = {name: weights.get(name, 1.0) for name in losses}
         self.convert_to_functional(trunk, "trunk", create_target_params=False)
         self.losses = nn.ModuleDict(losses)
-        keys = [key for key in trunk.in_keys if key != schema.STREAM]
-        for loss in losses.values():
+
+    @property
+    def in_keys(self) -> list[NestedKey]:
+        """The entries that the trunk and the losses read."""
+        keys = [key for key in self.trunk.in_keys if key != schema.STREAM]
+        for loss in self.losses.values():
             keys += [key for key in loss.in_keys if key != schema.HIDDEN]
-        self.in_keys = list(dict.fromkeys(keys))
+        return list(dict.fromkeys(keys))
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -185,5 +195,6 @@ class CombinedLoss(LossModule):
         for name, loss in self.losses.items():
             for key, value in loss(steps).items():
                 out[key] = value * self.weights[name] if key.startswith("loss") else value
-        tensordict.update(steps.exclude(schema.HIDDEN, *tensordict.keys()))  # Priorities.
+            if (priority := getattr(loss.tensor_keys, "priority", None)) is not None:
+                tensordict.set(priority, steps.get(priority))
         return TensorDict(out)

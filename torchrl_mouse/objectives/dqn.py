@@ -29,9 +29,10 @@ class MouseDQNLoss(InContextLoss):
         loss_cql = mean cql_weight * (|y| + cql_scale_q_eps) * (logsumexp_a head(hidden)[t] - Q)
 
     ``discount`` is ``gamma`` while an episode runs, ``gamma_truncated`` where a step limit cuts it and
-    ``gamma_terminal`` where it terminates; with ``gamma_terminal > 0`` an episode's last transition bootstraps from the
-    next episode's first frame, so that what is learned about a task is worth something. It is zero where the task
-    ends. Steps at terminal frames, padding, and steps whose successor lies outside the window are left out.
+    ``gamma_terminal`` where it terminates. With ``gamma_terminal > 0`` returns span episodes, so that what is learned
+    about a task is worth something: an episode's last transition, however it ended, bootstraps from the next episode's
+    first frame. The discount is zero where the task ends. Steps at terminal frames, padding, and steps whose successor
+    lies outside the window are left out.
 
     The trunk is shared and moves; the head alone has a target. (Mnih et al. 2015; Kumar et al. 2020,
     arXiv:2006.04779; in context: arXiv:2502.17666.)
@@ -69,8 +70,7 @@ class MouseDQNLoss(InContextLoss):
         action: NestedKey = schema.ACTION
         reward: NestedKey = "reward"
         done: NestedKey = "done"
-        terminated: NestedKey = schema.PREVIOUS_TERMINATED
-        truncated: NestedKey = schema.PREVIOUS_TRUNCATED
+        is_init: NestedKey = schema.IS_INIT
         priority: NestedKey = "td_error"
 
     default_keys = _AcceptedKeys
@@ -143,6 +143,7 @@ class MouseDQNLoss(InContextLoss):
         chosen = action_value.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         reward = self._next(steps, self.tensor_keys.reward).to(chosen.dtype)
         y = td_target(reward, next_value, discount, scale=self.reward_scale, shift=self.reward_shift)
+        y = y.masked_fill(~valid, 0.0)  # Garbage there would turn gradients to NaN, though it costs nothing.
 
         penalty = self.cql_weight * conservative_penalty(action_value, chosen)
         if self.cql_scale_q:
@@ -179,12 +180,14 @@ class MouseDQNLoss(InContextLoss):
         discount = discount.to(state_value.dtype).masked_fill(done, 0.0)
 
         is_init = schema.require(steps, keys.is_init).reshape(steps.shape)
-        value_1, inside_1 = _ahead(state_value, is_init, 1)
-        value_2, inside_2 = _ahead(state_value, is_init, 2)
-        # What follows a terminal frame, not the frame itself, is where play goes on.
-        next_value = torch.where(terminated, value_2, value_1)
-        known = torch.where(terminated, inside_2, inside_1) | (discount == 0)
-        return discount, next_value, schema.decision_mask(steps) & known
+        next_value, inside = _ahead(state_value, is_init, 1)
+        if self.gamma_terminal > 0:
+            # Returns span episodes: play goes on after the terminal frame, at which nothing is decided.
+            ended = terminated | truncated
+            beyond, inside_beyond = _ahead(state_value, is_init, 2)
+            next_value, inside = torch.where(ended, beyond, next_value), torch.where(ended, inside_beyond, inside)
+        known = inside | (discount == 0)
+        return discount, next_value, self._decisions(steps) & known
 
 
 def _ahead(value: torch.Tensor, is_init: torch.Tensor, by: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,5 +86,5 @@ class SupervisedPolicyLoss(InContextLoss):
                 f"{tuple(logits.shape)}, got {tuple(q_star.shape)}. Give both the same number of actions."
             )
         cost = teacher_cross_entropy(logits, q_star, self.label_smoothing)
-        valid = schema.decision_mask(tensordict) & q_star.isfinite().any(-1)
+        valid = self._decisions(tensordict) & q_star.isfinite().any(-1)
         return TensorDict({"loss_sp": self._reduce(cost, valid, tensordict)})

@@ -1,0 +1,199 @@
+"""The backbone: parity with `transformers`, cached decoding, TorchRL's contract, gradients."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
+
+from torchrl_mouse.modules import CausalBackbone, KeyValues
+
+KINDS = {
+    "llama": ("llama", {"num_heads": 4}),
+    "llama grouped": ("llama", {"num_heads": 4, "num_key_value_heads": 2}),
+    "qwen3": ("qwen3", {"num_heads": 4, "head_dim": 8}),
+    "qwen3 grouped": ("qwen3", {"num_heads": 4, "num_key_value_heads": 1, "head_dim": 8}),
+}
+
+
+def make(kind: str, dtype: torch.dtype = torch.float32, **options: object) -> CausalBackbone:
+    name, heads = KINDS[kind]
+    backbone = CausalBackbone(16, name, **{"num_layers": 2, "max_position_embeddings": 40, **heads, **options})
+    for parameter in backbone.parameters():  # the scale of trained weights: attention matters
+        parameter.data.mul_(6 if parameter.ndim == 2 else 1 + torch.rand(()))
+    return backbone.to(dtype)
+
+
+def assert_equal(actual, expected, atol=1e-5):
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
+
+
+def reference(kind: str, backbone: CausalBackbone, **options: object) -> torch.nn.Module:
+    """The `transformers` model with the same weights, configured by hand."""
+    dtype = next(backbone.parameters()).dtype
+    name, heads = KINDS[kind]
+    config_class, model_class, epsilon, expand = {
+        "llama": (LlamaConfig, LlamaModel, 1e-5, 4),
+        "qwen3": (Qwen3Config, Qwen3Model, 1e-6, 3),
+    }[name]
+    config = config_class(
+        vocab_size=1,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=heads.get("num_key_value_heads", 4),
+        head_dim=heads.get("head_dim", 4),
+        intermediate_size=expand * 16,
+        max_position_embeddings=40,
+        rms_norm_eps=epsilon,
+        attn_implementation="eager" if dtype == torch.float32 else "sdpa",  # eager attention rounds to float32
+        pad_token_id=None,
+        **options,
+    )
+    model = model_class(config)
+    model.norm = torch.nn.Identity()
+    model.load_state_dict(backbone.model.state_dict())
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention_bias": True}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}],
+    ids=["default", "bias", "rope"],
+)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_parity_with_transformers(kind, dtype, atol, options):
+    backbone = make(kind, dtype, **options)
+    tokens = torch.randn(3, 20, 16, dtype=dtype)
+    expected = reference(kind, backbone, **options)(inputs_embeds=tokens, use_cache=False).last_hidden_state
+    for positions in (None, torch.arange(20).expand(3, -1)):
+        out, cache = backbone(tokens, positions)
+        assert cache is None
+        assert_equal(out, expected, atol)
+
+
+def test_rope_parameters_change_the_output():
+    """Else the parity above would hold for an option that is dropped on both sides."""
+    plain, other = make("llama"), make("llama", rope_parameters={"rope_type": "default", "rope_theta": 5.0})
+    other.load_state_dict(plain.state_dict())
+    tokens = torch.randn(1, 10, 16)
+    assert (plain(tokens)[0] - other(tokens)[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("per_step", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_equals_full(kind, per_step, dtype, atol):
+    backbone = make(kind, dtype)
+    tokens = torch.randn(3, 12, 16, dtype=dtype)
+    full, _ = backbone(tokens)
+    cache = backbone.new_kv_cache(3)
+    for begin in range(0, 12, per_step):
+        positions = torch.arange(begin, begin + per_step).expand(3, -1)
+        out, returned = backbone(tokens[:, begin : begin + per_step], positions, kv_cache=cache)
+        assert returned is cache
+        assert_equal(out, full[:, begin : begin + per_step], atol)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_with_lengths_and_slots_of_their_own(kind):
+    backbone = make(kind)
+    tokens = torch.randn(3, 12, 16)
+    full, _ = backbone(tokens)
+    pool = backbone.new_kv_cache(5, capacity=12)
+    slots = torch.tensor([4, 0, 2])
+    lengths = torch.tensor([0, 3, 7])
+    for row in (1, 2):
+        num = int(lengths[row])
+        backbone(tokens[[row], :num], torch.arange(num)[None], kv_cache=pool._replace(rows=slots[[row]]))
+    for _ in range(5):
+        out, _ = backbone(
+            tokens[torch.arange(3), lengths].unsqueeze(1), lengths.unsqueeze(1), kv_cache=pool._replace(rows=slots)
+        )
+        assert_equal(out[:, 0], full[torch.arange(3), lengths])
+        lengths = lengths + 1
+    assert pool.key[[1, 3]].abs().max() == 0  # slots of others
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stale_entries_beyond_a_row_are_invisible(kind):
+    backbone = make(kind)
+    tokens = torch.randn(2, 6, 16)
+    clean, dirty = backbone.new_kv_cache(2), backbone.new_kv_cache(2)
+    dirty.key.fill_(7.0)
+    dirty.value.fill_(-7.0)
+    for t in range(6):
+        out = [
+            backbone(tokens[:, t : t + 1], torch.full((2, 1), t), kv_cache=cache)[0] for cache in (clean, dirty)
+        ]
+        assert torch.equal(*out)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_contract_of_torchrl_backbones(kind):
+    backbone = make(kind)
+    heads = KINDS[kind][1]
+    assert list(inspect.signature(backbone.forward).parameters) == ["features", "positions", "mask", "kv_cache"]
+    shape = (backbone.num_layers, backbone.num_heads, backbone.head_dim, backbone.max_seq_len)
+    assert shape == (2, 4, heads.get("head_dim", 4), 40)
+    cache = backbone.new_kv_cache(3, device=torch.device("cpu"), dtype=torch.float64)
+    assert cache.key.shape == cache.value.shape == (3, 2, heads.get("num_key_value_heads", 4), 40, shape[2])
+    assert cache.key.dtype == torch.float64
+    assert backbone.new_kv_cache(1).value.dtype == torch.float32
+    cache = backbone.new_kv_cache(3)
+    backbone(torch.randn(3, 2, 16), torch.arange(2).expand(3, -1), kv_cache=cache)
+    assert (cache.key.abs().amax((1, 2, 3, 4)) > 0).all()
+    cleared = backbone.reset_kv_cache(cache, torch.tensor([True, False, True]))
+    assert isinstance(cleared, KeyValues)
+    for pool in cleared[:2]:
+        assert (pool.abs().amax((1, 2, 3, 4)) > 0).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mask_selects_what_is_seen(kind):
+    backbone = make(kind)
+    tokens = torch.randn(2, 7, 16)
+    mask = torch.zeros(2, 7, 7, dtype=torch.bool)
+    mask[:, :3, :3] = mask[:, 3:, 3:] = True
+    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3]).expand(2, -1)
+    out, _ = backbone(tokens, positions, mask.tril())
+    assert_equal(out, torch.cat([backbone(tokens[:, :3])[0], backbone(tokens[:, 3:])[0]], 1))
+    assert (out[:, 3:] - backbone(tokens)[0][:, 3:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_flow_through_windows_and_not_through_the_cache(kind):
+    backbone = make(kind)
+    tokens = torch.randn(2, 5, 16, requires_grad=True)
+    backbone(tokens)[0][:, -1].square().sum().backward()
+    assert (tokens.grad.abs().amax(-1) > 0).all()
+    trained = {name for name, parameter in backbone.named_parameters() if parameter.grad is not None}
+    assert {name for name, _ in backbone.named_parameters()} - trained == {"model.embed_tokens.weight"}
+    cache = backbone.new_kv_cache(2)
+    out, _ = backbone(tokens, torch.arange(5).expand(2, -1), kv_cache=cache)
+    assert not out.requires_grad
+    assert not cache.key.requires_grad
+
+
+def test_positions_are_needed_with_a_cache():
+    backbone = make("llama")
+    with pytest.raises(ValueError, match="positions must be given with kv_cache, got None"):
+        backbone(torch.randn(1, 1, 16), kv_cache=backbone.new_kv_cache(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kind": "gpt2"}, "kind must be one of llama, qwen3, got 'gpt2'"),
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"num_heads": 3}, "num_heads must divide hidden_dim=16, got 3"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        CausalBackbone(**{"hidden_dim": 16, "num_layers": 1, "num_heads": 2, **options})

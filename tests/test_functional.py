@@ -1,0 +1,142 @@
+"""Pure tensor maths against loops and closed forms."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from torchrl_mouse.functional import (
+    conservative_penalty,
+    segment_mask,
+    segment_positions,
+    td_target,
+    teacher_cross_entropy,
+)
+
+INF, NAN = float("inf"), float("nan")
+property_test = settings(max_examples=60, deadline=None, database=None)
+flags = st.integers(1, 8).flatmap(
+    lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=3)
+)
+
+
+def starts(row, step):
+    """Index of the first step of the context that a step belongs to."""
+    return max([0, *(index for index in range(step + 1) if row[index])])
+
+
+@property_test
+@given(flags)
+def test_segment_positions_count_from_the_last_start(rows):
+    expected = [[step - starts(row, step) for step in range(len(row))] for row in rows]
+    assert segment_positions(torch.tensor(rows)).tolist() == expected
+
+
+@property_test
+@given(flags)
+def test_segment_mask_is_causal_inside_the_context(rows):
+    expected = [[[starts(row, i) <= j <= i for j in range(len(row))] for i in range(len(row))] for row in rows]
+    assert segment_mask(torch.tensor(rows)).tolist() == expected
+
+
+def test_td_target_by_hand():
+    reward, value = torch.tensor([1.0, -2.0, 3.0]), torch.tensor([10.0, 20.0, 30.0])
+    y = td_target(reward, value, torch.tensor([0.5, 0.9, 0.0]), scale=2.0, shift=0.25)
+    assert torch.allclose(y, torch.tensor([7.25, 14.25, 6.25]))
+
+
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
+def test_td_target_never_reads_what_counts_for_nothing(garbage):
+    reward = torch.ones(2, requires_grad=True)
+    y = td_target(reward, torch.tensor([garbage, 1.0], requires_grad=True), torch.tensor([0.0, 0.5]))
+    assert y.tolist() == [1.0, 1.5]
+    assert not y.requires_grad
+
+
+values = st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=6)
+
+
+@property_test
+@given(values, st.data())
+def test_conservative_penalty_closed_form(row, data):
+    taken = data.draw(st.integers(0, len(row) - 1))
+    action_value = torch.tensor(row, dtype=torch.float64)
+    penalty = conservative_penalty(action_value, action_value[taken])
+    closed = math.log(math.fsum(math.exp(value - row[taken]) for value in row))
+    assert penalty.item() == pytest.approx(closed, abs=1e-9)
+    assert penalty.item() >= 0
+
+
+def test_conservative_penalty_gradient_is_softmax_minus_taken():
+    action_value = torch.tensor([[0.3, -1.0, 2.0]], requires_grad=True)
+    conservative_penalty(action_value, action_value[:, 1]).sum().backward()
+    expected = action_value.detach().softmax(-1) - torch.tensor([[0.0, 1.0, 0.0]])
+    assert torch.allclose(action_value.grad, expected, atol=1e-6)
+
+
+def random_teacher(seed=0, rows=16, actions=5):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, actions, generator=generator) * 3
+    return logits, torch.randn(rows, actions, generator=generator)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_cross_entropy_equals_torchs(smoothing):
+    logits, q_star = random_teacher()
+    expected = F.cross_entropy(logits, q_star.argmax(-1), reduction="none", label_smoothing=smoothing)
+    assert torch.allclose(teacher_cross_entropy(logits, q_star, smoothing), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_padding_equals_the_smaller_action_space(smoothing):
+    logits, q_star = random_teacher()
+    padded = q_star.clone()
+    padded[:, 3:] = -INF
+    assert torch.allclose(
+        teacher_cross_entropy(logits, padded, smoothing),
+        teacher_cross_entropy(logits[:, :3], q_star[:, :3], smoothing),
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_padded_actions_get_no_gradient(smoothing):
+    logits, q_star = random_teacher()
+    q_star[:, 1] = -INF
+    logits[:, 1] = 30.0  # Would swallow all the probability.
+    logits.requires_grad_()
+    cost = teacher_cross_entropy(logits, q_star, smoothing)
+    cost.sum().backward()
+    assert (logits.grad[:, 1] == 0).all()
+    assert (logits.grad[:, [0, 2, 3, 4]] != 0).all()
+    assert torch.allclose(logits.grad.sum(-1), torch.zeros(len(logits)), atol=1e-5)
+
+
+def test_ties_share_the_label_evenly():
+    logits = torch.tensor([[0.5, -1.0, 2.0, 0.0]])
+    q_star = torch.tensor([[1.0, 1.0, 0.0, 1.0]])
+    expected = -logits.log_softmax(-1)[0, [0, 1, 3]].mean()
+    assert teacher_cross_entropy(logits, q_star).item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_nan_entries_are_no_teacher():
+    logits, q_star = random_teacher()
+    expected = q_star.clone()
+    q_star[:, 2], expected[:, 2] = NAN, -INF
+    assert torch.equal(teacher_cross_entropy(logits, q_star), teacher_cross_entropy(logits, expected))
+
+
+@pytest.mark.parametrize("nothing", [[-INF, -INF, -INF], [NAN, NAN, NAN], [NAN, -INF, NAN]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_rows_without_teacher_cost_nothing(nothing, smoothing):
+    logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    cost = teacher_cross_entropy(logits, torch.tensor([nothing, [0.0, 2.0, 1.0]]), smoothing)
+    assert cost[0] == 0
+    assert cost[1] > 0
+    cost.sum().backward()
+    assert (logits.grad[0] == 0).all()
+    assert logits.grad[1].isfinite().all()
+    assert (logits.grad[1] != 0).all()

@@ -1,0 +1,218 @@
+"""Addresses, eviction, and the life of a context."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from torchrl_mouse import schema
+from torchrl_mouse.modules import KeyValues, KVCache
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def empty_pool(slots):
+    return KeyValues(*(torch.zeros(slots, 1, 1, 4, 2) for _ in "kv"))
+
+
+def make_cache(max_streams=4):
+    return KVCache(empty_pool, window=4, max_streams=max_streams)
+
+
+def test_interleaved_rollouts_do_not_disturb_each_other(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    first, second = random_steps(2, 12, [[5], [7, 9]]), random_steps(3, 12, [[], [4], [11]], seed=1)
+    second[schema.STREAM] += 100
+    expected = full_pass(trunk, first), full_pass(trunk, second)
+    for t in range(12):
+        assert_equal(trunk(first[:, t].clone())[schema.HIDDEN], expected[0][:, t])
+        assert_equal(trunk(second[:, t].clone())[schema.HIDDEN], expected[1][:, t])
+
+
+def test_rows_in_any_order_and_subset(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    steps = random_steps(5, 12, [[6], [], [3, 8], [10], []])
+    expected = full_pass(trunk, steps)
+    generator = torch.Generator().manual_seed(1)
+    at = torch.zeros(5, dtype=torch.int64)  # each row's next step
+    sizes = set()
+    while (at < 12).any():
+        rows = torch.randperm(5, generator=generator)
+        rows = rows[at[rows] < 12]
+        rows = rows[: int(torch.randint(1, len(rows) + 1, (), generator=generator))]
+        sizes.add(len(rows))
+        assert_equal(trunk(steps[rows, at[rows]].clone())[schema.HIDDEN], expected[rows, at[rows]])
+        at[rows] += 1
+    assert len(sizes) > 2
+    assert len(trunk._cache) == 5
+
+
+def test_batch_of_any_shape(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    steps = random_steps(6, 5, [[3]])
+    expected = full_pass(trunk, steps)
+    for t in range(5):
+        assert_equal(trunk(steps[:, t].reshape(2, 3).clone())[schema.HIDDEN], expected[:, t].reshape(2, 3, -1))
+    assert_equal(trunk(steps[0, 0].clone())[schema.HIDDEN], expected[0, 0])  # no batch dimension; a new task
+
+
+def test_row_without_context_is_an_error_that_names_it(make_trunk, random_steps):
+    trunk = make_trunk()
+    steps = random_steps(3, 2)
+    with pytest.raises(RuntimeError, match=r"none for row 0 \(stream 1000\).*reset the environment"):
+        trunk(steps[:, 1].clone())
+    trunk(steps[:2, 0].clone())
+    with pytest.raises(RuntimeError, match=r"none for row 2 \(stream 1002\)"):
+        trunk(steps[:, 1].clone())
+    trunk.reset_cache()
+    with pytest.raises(RuntimeError, match=r"none for row 1 \(stream 1000\)"):
+        trunk(steps[[2, 0], [0, 1]].clone())
+
+
+def test_refused_batch_changes_no_context(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    steps = random_steps(3, 4)
+    expected = full_pass(trunk, steps)
+    trunk(steps[:2, 0].clone())
+    for refused, match in (
+        (steps[:, 1], "none for row 2"),
+        (steps[[0, 1, 0], 1], "got 1000 more than once"),
+        (steps[:2, 1].clone().set(schema.PREVIOUS_ACTION, torch.tensor([0, 9])), r"\[0, 5\), got 9"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=match):
+            trunk(refused.clone())
+    for t in range(1, 4):
+        assert_equal(trunk(steps[:2, t].clone())[schema.HIDDEN], expected[:2, t])
+
+
+def test_duplicate_streams(make_trunk, random_steps):
+    steps = random_steps(3, 1)
+    with pytest.raises(ValueError, match=r"stream must be unique in a batch, got 1002 more than once"):
+        make_trunk()(steps[[0, 2, 2], 0].clone())
+
+
+def test_more_rows_than_streams(make_trunk, random_steps):
+    with pytest.raises(ValueError, match=r"at most max_streams=2 rows, got 3"):
+        make_trunk(max_streams=2)(random_steps(3, 1)[:, 0])
+
+
+def test_least_recently_used_context_is_forgotten(make_trunk, random_steps, full_pass):
+    trunk = make_trunk(max_streams=3)
+    steps = random_steps(5, 4)
+    expected = full_pass(trunk, steps)
+    trunk(steps[:3, 0].clone())
+    trunk(steps[[0, 2], 1].clone())
+    assert_equal(trunk(steps[[3], 0].clone())[schema.HIDDEN], expected[[3], 0])  # takes the slot of row 1
+    assert_equal(trunk(steps[[0, 3, 2], [2, 1, 2]].clone())[schema.HIDDEN], expected[[0, 3, 2], [2, 1, 2]])
+    with pytest.raises(RuntimeError, match=r"row 1 \(stream 1001\).*more streams than max_streams=3"):
+        trunk(steps[[0, 1], [3, 1]].clone())
+    assert_equal(trunk(steps[[0, 2], 3].clone())[schema.HIDDEN], expected[[0, 2], 3])
+    assert_equal(trunk(steps[[1, 4], 0].clone())[schema.HIDDEN], expected[[1, 4], 0])  # rows 3 and 0 go
+    assert len(trunk._cache) == 3
+    with pytest.raises(RuntimeError, match=r"row 0 \(stream 1003\)"):
+        trunk(steps[[3], 2].clone())
+
+
+def test_row_of_the_batch_is_never_evicted_for_another():
+    cache = make_cache(max_streams=3)
+    before = dict(zip((1, 2, 3), cache.locate([1, 2, 3], [True] * 3).tolist(), strict=True))
+    after = dict(zip((9, 1, 8), cache.locate([9, 1, 8], [True, False, True]).tolist(), strict=True))
+    assert after[1] == before[1]
+    assert sorted(after.values()) == [0, 1, 2]
+
+
+def test_locate_restarts_only_the_rows_that_start():
+    cache = make_cache()
+    rows = cache.locate([5, 6], [True, True])
+    for _ in range(2):
+        cache.remember(rows, {"time": torch.zeros(2, 1)}, torch.ones(2, dtype=torch.int64))
+    assert cache.length[rows].tolist() == [2, 2]
+    assert cache.length[cache.locate([5, 6], [False, True])].tolist() == [2, 0]
+
+
+def test_slots_are_added_as_streams_appear():
+    made = []
+
+    def count(slots):
+        made.append(slots)
+        return empty_pool(slots)
+
+    cache = KVCache(count, window=4, max_streams=5)
+    cache.locate([1, 2], [True, True])
+    cache.locate([2], [True])
+    cache.locate([3, 4, 5], [True] * 3)
+    cache.locate([6], [True])
+    assert made == [2, 3]
+    assert len(cache) == 5
+
+
+def test_recall_returns_the_newest_steps_oldest_first():
+    cache = make_cache()
+    rows = cache.locate([7, 8], [True, True])
+    for t in range(3):
+        real = torch.tensor([1, int(t < 2)])
+        cache.remember(rows, {"time": torch.tensor([[t], [10 + t]])}, real)
+    recalled = cache.recall(rows, torch.tensor([3, 1]))["time"]
+    assert recalled.tolist() == [[0, 1, 2], [11, 11, 11]]
+
+
+def test_reset_cache_forgets_everything(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    steps = random_steps(2, 3)
+    trunk(steps[:, 0].clone())
+    trunk.reset_cache()
+    with pytest.raises(RuntimeError, match="none for row 0"):
+        trunk(steps[:, 1].clone())
+    expected = full_pass(trunk, steps)
+    for t in range(3):
+        assert_equal(trunk(steps[:, t].clone())[schema.HIDDEN], expected[:, t])
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda trunk: pickle.loads(pickle.dumps(trunk))], ids=["deepcopy", "pickle"]
+)
+def test_copy_has_no_contexts_and_works(copied, make_trunk, random_steps, full_pass, step_by_step):
+    trunk = make_trunk()
+    steps = random_steps(2, 6)
+    expected = full_pass(trunk, steps)
+    step_by_step(trunk, steps[:, :3])
+    other = copied(trunk)
+    with pytest.raises(RuntimeError, match=r"none for row 0.*a copy of the module"):
+        other(steps[:, 3].clone())
+    assert_equal(step_by_step(other, steps), expected)  # the copy writes into a cache of its own
+    assert_equal(step_by_step(trunk, steps[:, 3:]), expected[:, 3:])
+
+
+def test_pickle_does_not_grow_with_the_cache(make_trunk, random_steps, step_by_step):
+    trunk = make_trunk()
+    before = len(pickle.dumps(trunk))
+    step_by_step(trunk, random_steps(4, 3))
+    assert abs(len(pickle.dumps(trunk)) - before) < 100
+
+
+@pytest.mark.parametrize("grow", [False, True], ids=["same rows", "more rows"])
+def test_inference_mode_in_one_call_and_no_grad_in_the_next(grow, make_trunk, random_steps, full_pass):
+    trunk = make_trunk(window=4)  # full after four steps: rebuilding runs in both modes, too
+    steps = random_steps(3, 12, [[3, 6, 9]] * 3)
+    expected = full_pass(trunk, steps)
+    for t in range(12):
+        rows = slice(0, 3 if t >= 6 or not grow else 2)
+        with torch.inference_mode() if t % 2 == 0 else torch.no_grad():
+            hidden = trunk(steps[rows, t].clone())[schema.HIDDEN]
+        assert_equal(hidden.clone(), expected[rows, t])
+    assert_equal(trunk(steps[:, 0].clone())[schema.HIDDEN], expected[:, 0])  # and with gradients switched on
+
+
+def test_full_contexts_survive_a_change_of_mode(make_trunk, random_steps):
+    steps = random_steps(2, 12)
+    trunk, other = make_trunk(window=4), make_trunk(window=4)
+    other.load_state_dict(trunk.state_dict())
+    for t in range(12):
+        with torch.inference_mode() if t % 2 else torch.no_grad():
+            mixed = trunk(steps[:, t].clone())[schema.HIDDEN].clone()
+        assert_equal(mixed, other(steps[:, t].clone())[schema.HIDDEN])

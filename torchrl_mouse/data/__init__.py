@@ -1,0 +1,6 @@
+"""Stored experience and its sampling."""
+
+from torchrl_mouse.data.samplers import TaskWriter, WindowSampler, replay_buffer
+from torchrl_mouse.data.store import DatasetStore
+
+__all__ = ["DatasetStore", "TaskWriter", "WindowSampler", "replay_buffer"]

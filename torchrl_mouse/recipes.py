@@ -1,0 +1,201 @@
+"""The wiring that examples share, on `torchrl.trainers`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl.checkpoint import Checkpoint, CheckpointRotation
+from torchrl.trainers import LRSchedulerHook, Trainer
+from torchrl.trainers.trainers import DefaultOptimizationStepper, TargetNetUpdaterHook
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torchrl.data import ReplayBuffer
+    from torchrl.objectives import LossModule, TargetNetUpdater
+    from torchrl.record.loggers import Logger
+
+
+class OfflineSource:
+    """Stands where a :class:`~torchrl.trainers.Trainer` wants a collector when all data is stored already.
+
+    A ``Trainer`` advances by collected batches and counts their frames. Each of ours is empty and counts as one frame,
+    so that one frame is one update; the batch to learn from is drawn from the replay buffer by :meth:`sample`. The
+    state holds every random generator involved, which makes a resumed run equal to one that was never stopped (with
+    ``prefetch``, up to the batches that were in flight).
+
+    Args:
+        replay_buffer: where batches come from.
+        device: where batches are put; left where they are by default.
+
+    Examples:
+        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(4), batch_size=2)
+        >>> _ = buffer.extend(TensorDict({"reward": torch.zeros(4, 1)}, [4]))
+        >>> source = OfflineSource(buffer)
+        >>> next(iter(source)).numel(), source.sample(TensorDict())["reward"].shape
+        (1, torch.Size([2, 1]))
+    """
+
+    init_random_frames = 0
+    requested_frames_per_batch = 1
+
+    def __init__(self, replay_buffer: ReplayBuffer, *, device: torch.device | None = None) -> None:
+        self.replay_buffer = replay_buffer
+        self.device = device
+        self._generator = torch.Generator()
+        replay_buffer.set_rng(self._generator)
+
+    def __iter__(self) -> Iterator[TensorDictBase]:
+        """Yields forever a batch that counts as one frame."""
+        while True:
+            yield TensorDict({}, [1])
+
+    def sample(self, _: TensorDictBase) -> TensorDictBase:
+        """Draws the batch of the next update."""
+        batch: TensorDictBase = self.replay_buffer.sample()
+        return batch if self.device is None else batch.to(self.device)
+
+    def set_seed(self, seed: int, static_seed: bool = False) -> int:
+        """Seeds the sampling of batches; returns the seed, which the trainer gives to torch and numpy."""
+        self._generator.manual_seed(seed)
+        return seed
+
+    def shutdown(self, *_: Any, **__: Any) -> None:
+        """Does nothing: there is no environment to close."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states of the sampler and of the random generators."""
+        return {
+            "sampler": self.replay_buffer.sampler.state_dict(),
+            "sampling_rng": self._generator.get_state(),
+            "torch_rng": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.replay_buffer.sampler.load_state_dict(state["sampler"])
+        self._generator.set_state(state["sampling_rng"])
+        torch.set_rng_state(state["torch_rng"])
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer, updates: int, *, warmup: int = 0, floor: float = 0.0
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Makes a schedule that rises linearly, then falls along a cosine.
+
+    Args:
+        optimizer: whose learning rate is scheduled.
+        updates: length of the run.
+        warmup: updates until the full rate.
+        floor: share of the full rate at the end.
+
+    Examples:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> schedule = warmup_cosine(optimizer, 4, warmup=2)
+        >>> [round(schedule.lr_lambdas[0](update), 2) for update in range(5)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+
+    def factor(update: int) -> float:
+        if update < warmup:
+            return (update + 1) / warmup
+        progress = min(1.0, (update - warmup) / max(1, updates - warmup))
+        return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def offline_trainer(
+    loss: LossModule,
+    replay_buffer: ReplayBuffer,
+    optimizer: torch.optim.Optimizer,
+    *,
+    updates: int,
+    directory: str | Path,
+    target_updaters: tuple[TargetNetUpdater, ...] = (),
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    clip_norm: float | None = 1.0,
+    logger: Logger | None = None,
+    log_interval: int = 10,
+    checkpoint_interval: int = 500,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress_bar: bool = True,
+) -> Trainer:
+    """Builds a :class:`~torchrl.trainers.Trainer` that learns from stored experience.
+
+    Checkpoints hold the loss (trunk, heads, targets), the optimiser, the schedule and all random states;
+    :func:`run` resumes from the newest.
+
+    Args:
+        loss: what is minimised, the sum of its entries that begin with ``loss``.
+        replay_buffer: draws the batches.
+        optimizer: over ``loss.parameters()``.
+        updates: number of optimiser steps.
+        directory: where checkpoints are kept (``directory/checkpoints``, the newest two).
+        target_updaters: stepped after every update.
+        scheduler: stepped after every update.
+        clip_norm: largest norm of the gradient; ``None`` does not clip.
+        logger: a TorchRL logger; one frame on its axis is one update.
+        log_interval: updates between log entries.
+        checkpoint_interval: updates between checkpoints.
+        seed: of torch, numpy and the sampling.
+        device: where batches are put.
+        progress_bar: show one.
+
+    Examples:
+        >>> from torchrl_mouse.recipes import offline_trainer  # see examples/dark_room.py
+    """
+    source = OfflineSource(replay_buffer, device=device)
+    trainer = Trainer(
+        collector=source,
+        total_frames=updates,
+        frame_skip=1,
+        optim_steps_per_batch=1,
+        loss_module=loss,
+        optimizer=optimizer,
+        optimization_stepper=DefaultOptimizationStepper(),
+        logger=logger,
+        clip_grad_norm=True,
+        clip_norm=clip_norm,
+        progress_bar=progress_bar,
+        seed=seed,
+        save_trainer_interval=checkpoint_interval,
+        log_interval=log_interval,
+        checkpoint=Checkpoint(),
+        checkpoint_rotation=CheckpointRotation(Path(directory, "checkpoints"), keep_last=2),
+    )
+    trainer.register_op("process_optim_batch", source.sample)
+    for updater in target_updaters:
+        # `TargetNetUpdaterHook.register` would step once per collected batch, not once per update.
+        trainer.register_op("post_optim", TargetNetUpdaterHook(updater))
+    if scheduler is not None:
+        LRSchedulerHook(scheduler, interval="optim").register(trainer)
+    return trainer
+
+
+def run(trainer: Trainer, *, resume: bool = True) -> bool:
+    """Trains to the end, from the newest checkpoint where there is one.
+
+    Args:
+        trainer: from :func:`offline_trainer`.
+        resume: ``False`` begins anew whatever there is.
+
+    Returns:
+        Whether any update was made: ``False`` where the checkpoint was of a finished run.
+
+    Examples:
+        >>> from torchrl_mouse.recipes import run  # see examples/dark_room.py
+    """
+    newest = trainer.checkpoint_rotation.latest() if resume else None
+    if newest is not None:
+        trainer.load_from_file(newest)
+    if trainer.collected_frames >= trainer.total_frames:
+        return False  # `Trainer.train` would make one more update.
+    trainer.train()
+    return True
