@@ -147,6 +147,8 @@ def train(model: MouseModel, store: DatasetStore, arguments: argparse.Namespace,
     )
     run(trainer, resume=not arguments.restart)
     model.trunk.mark_weight_update()
+    if "dqn" in losses:
+        model.set_target("dqn", losses["dqn"].target_head_params)
 
 
 def play(model: MouseModel, goals: torch.Tensor, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ def _one_thread_and_seed() -> None:
 
 
 def _strengthen(backbone: torch.nn.Module | None) -> None:
-    """Brings the decoder's initial weights to the scale of trained ones; else a context moves a hidden state by 1e-3."""
+    """Scales the decoder's initial weights up: with its own, a context moves a hidden state by 1e-3 only."""
     for parameter in backbone.parameters() if backbone is not None else ():
         if parameter.ndim == 2:
             parameter.data.mul_(6)

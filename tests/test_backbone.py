@@ -126,9 +126,7 @@ def test_stale_entries_beyond_a_row_are_invisible(kind):
     dirty.key.fill_(7.0)
     dirty.value.fill_(-7.0)
     for t in range(6):
-        out = [
-            backbone(tokens[:, t : t + 1], torch.full((2, 1), t), kv_cache=cache)[0] for cache in (clean, dirty)
-        ]
+        out = [backbone(tokens[:, t : t + 1], torch.full((2, 1), t), kv_cache=cache)[0] for cache in (clean, dirty)]
         assert torch.equal(*out)
 
 
@@ -152,16 +150,21 @@ def test_contract_of_torchrl_backbones(kind):
         assert (pool.abs().amax((1, 2, 3, 4)) > 0).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("positions", [[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]], ids=["restart", "go on"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mask_selects_what_is_seen(kind):
+def test_mask_selects_what_is_seen(kind, positions):
+    """Rotary positions are relative, so it is the mask alone that separates the tokens."""
     backbone = make(kind)
     tokens = torch.randn(2, 7, 16)
     mask = torch.zeros(2, 7, 7, dtype=torch.bool)
     mask[:, :3, :3] = mask[:, 3:, 3:] = True
-    positions = torch.tensor([0, 1, 2, 0, 1, 2, 3]).expand(2, -1)
+    positions = torch.tensor(positions).expand(2, -1)
     out, _ = backbone(tokens, positions, mask.tril())
     assert_equal(out, torch.cat([backbone(tokens[:, :3])[0], backbone(tokens[:, 3:])[0]], 1))
-    assert (out[:, 3:] - backbone(tokens)[0][:, 3:]).abs().max() > 1e-2
+    everything = torch.ones_like(mask).tril()
+    seen = backbone(tokens, positions, everything)[0]
+    assert (out - seen)[:, 3:].abs().max() > 1e-2
+    assert torch.equal(backbone(tokens, positions)[0], seen)  # positions that restart hide nothing
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -151,13 +151,27 @@ def test_bad_options(options, error, match):
 
 @pytest.mark.parametrize("modality", ["action", "time", "continuous", "discrete", "image"])
 def test_a_modality_with_a_size_can_be_left_out(modality):
-    include = f"include_obs_{modality}" if modality in ("continuous", "discrete", "image") else f"include_{modality}_token"
+    include = (
+        f"include_obs_{modality}" if modality in ("continuous", "discrete", "image") else f"include_{modality}_token"
+    )
     assert modality not in make("reward", modality, **{include: False}).modalities
     assert modality in make("reward", modality).modalities
 
 
-@pytest.mark.parametrize(("modality", "size"), [("continuous", 29), ("image", 99)])
-def test_vector_of_another_size(modality, size):
-    embedder = make(modality)
-    with pytest.raises((RuntimeError, ValueError), match=rf"{size}"):
-        embedder({modality: torch.zeros(2, size)})
+@pytest.mark.parametrize(("modality", "right"), [("continuous", 30), ("image", 100)])
+@pytest.mark.parametrize("encoder", ["fourier", "linear"])
+def test_vector_of_another_size(encoder, modality, right):
+    embedder = make(modality, continuous_encoder=encoder)
+    for size in (1, right - 1, right + 1):
+        with pytest.raises(ValueError, match=rf"modality '{modality}' must be \[\*, {right}\], got \(2, {size}\)"):
+            embedder({modality: torch.zeros(2, size)})
+
+
+@pytest.mark.parametrize("encoder", ["fourier", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+def test_numbers_of_any_type(dtype, encoder):
+    embedder = make("continuous", "reward", "image", continuous_encoder=encoder)
+    steps = {name: (value * 10).abs().clamp(max=255).long() for name, value in draw(4).items()}
+    converted = embedder({name: value.to(dtype) for name, value in steps.items()})
+    assert converted.dtype == torch.float32
+    assert torch.equal(converted, embedder({name: value.float() for name, value in steps.items()}))

@@ -136,7 +136,8 @@ def test_rows_without_teacher_cost_nothing(nothing, smoothing):
     cost = teacher_cross_entropy(logits, torch.tensor([nothing, [0.0, 2.0, 1.0]]), smoothing)
     assert cost[0] == 0
     assert cost[1] > 0
-    cost.sum().backward()
+    with torch.autograd.set_detect_anomaly(True):  # No NaN on the way either.
+        cost.sum().backward()
     assert (logits.grad[0] == 0).all()
     assert logits.grad[1].isfinite().all()
     assert (logits.grad[1] != 0).all()

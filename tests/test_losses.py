@@ -194,7 +194,7 @@ class LossContract:
             assert torch.allclose(out[key], expected, atol=1e-6), key
 
     def test_unknown_reduction(self):
-        with pytest.raises(ValueError, match="reduction must be one of .* got 'median'"):
+        with pytest.raises(ValueError, match=r"reduction must be one of .* got 'median'"):
             self.make_loss(reduction="median")
 
     def test_no_time_dimension(self, loss):
@@ -530,9 +530,9 @@ def two_tasks(**changes):
     step  what happens                                           next value
     ====  =====================================================  =================
     0     goes on                                                max target[1]: 20
-    1     terminates: frame 2 is terminal, 3 the next episode's  max target[3]: 40
+    1     terminates: frame 2 is terminal, 3 the next episode's  none, or max target[3]: 40
     2     terminal frame                                         none
-    3     truncated: frame 4 is terminal                         max target[4]: 50
+    3     truncated: frame 4 is terminal, 5 the next episode's   max target[4]: 50, or max target[5]: 60
     4     terminal frame                                         none
     5     ends the task                                          0
     6     the second task's first step, goes on                  max target[7]: 80
@@ -560,11 +560,16 @@ def errors(targets, chosen=CHOSEN):
 @pytest.mark.parametrize(
     ("options", "targets"),
     [
-        # gamma 0.5; a termination counts for nothing, a truncation like any step.
+        # gamma 0.5; a termination counts for nothing, a truncation like any step, up to the terminal frame.
         ({}, [0.5 + 10, 1.0, None, -1 + 25, None, 2.0, 0.25 + 40, None]),
         ({"gamma_truncated": 0.1}, [0.5 + 10, 1.0, None, -1 + 5, None, 2.0, 0.25 + 40, None]),
         ({"gamma_truncated": 0.0}, [0.5 + 10, 1.0, None, -1.0, None, 2.0, 0.25 + 40, None]),
-        ({"gamma_terminal": 0.25}, [0.5 + 10, 1 + 10, None, -1 + 25, None, 2.0, 0.25 + 40, None]),
+        # Returns span episodes: both ends go on at the next episode's first frame.
+        ({"gamma_terminal": 0.25}, [0.5 + 10, 1 + 10, None, -1 + 30, None, 2.0, 0.25 + 40, None]),
+        (
+            {"gamma_terminal": 0.25, "gamma_truncated": 0.2},
+            [0.5 + 10, 1 + 10, None, -1 + 12, None, 2.0, 0.25 + 40, None],
+        ),
         ({"reward_scale": 2.0, "reward_shift": 3.0}, [4 + 10, 5.0, None, 1 + 25, None, 7.0, 3.5 + 40, None]),
     ],
 )
@@ -629,10 +634,13 @@ def test_dqn_last_step_is_known_where_its_next_value_counts_for_nothing():
     assert per_step(steps, gamma=0.5) == errors([1 + 10, None], [1.0, None])
 
 
-def test_dqn_termination_whose_next_episode_lies_outside():
+def test_dqn_episode_whose_successor_lies_outside():
     # Frame 2 is the window's last, and terminal: the next episode's first frame is not here.
     steps = window(ONLINE[:3], TARGET[:3], [0, 1, 0], [1.0, 2.0, 3.0], terminal=[2])
     assert per_step(steps, gamma=0.5) == errors([1 + 10, 2.0, None], [1.0, 4.0, None])
+    assert per_step(steps, gamma=0.5, gamma_terminal=0.1) == errors([1 + 10, None, None], [1.0, None, None])
+    steps = window(ONLINE[:3], TARGET[:3], [0, 1, 0], [1.0, 2.0, 3.0], cut=[2])
+    assert per_step(steps, gamma=0.5) == errors([1 + 10, 2 + 15.5, None], [1.0, 4.0, None])
     assert per_step(steps, gamma=0.5, gamma_terminal=0.1) == errors([1 + 10, None, None], [1.0, None, None])
     # Frame 3 belongs to another task.
     steps = window(ONLINE[:4], TARGET[:4], [0, 1, 0, 0], [1.0, 2.0, 3.0, 4.0], terminal=[2], init=[3])
@@ -653,7 +661,8 @@ def test_dqn_end_of_the_task_wins_over_the_end_of_the_episode():
 
 def test_dqn_termination_wins_over_a_truncation_at_the_same_step():
     steps = window(ONLINE[:4], TARGET[:4], [0, 1, 0, 0], [1.0, 2.0, 3.0, 4.0], terminal=[2], cut=[2])
-    assert per_step(steps, gamma=0.5)[1] == pytest.approx((4.0 - 2.0) ** 2)
+    for options in ({}, {"gamma_truncated": 0.9}):
+        assert per_step(steps, gamma=0.5, **options)[1] == pytest.approx((4.0 - 2.0) ** 2)
 
 
 def test_dqn_a_task_may_end_in_a_frame_without_decision():
@@ -871,8 +880,9 @@ DQN_CASES = [case for case in reference_cases("dqn") if set(case["config"]) <= D
 def pairs_as_windows(stream, online, target):
     """Lays out each pair of consecutive records as a window of three frames, of which the first decides.
 
-    MOUSE bootstraps a termination from the next record, this library from the frame after the terminal one: the
-    record that follows is the last frame of the window there, behind a terminal frame of garbage, else the middle one.
+    Where returns span episodes, MOUSE bootstraps an episode's end from the next record, this library from the frame
+    after the terminal one: the record that follows is therefore the last frame of every window. It is also the middle
+    one, except at a termination, whose terminal frame is garbage.
     """
     batch, num = stream["done"].shape
     terminated, truncated = ((stream["done"][:, 1:] == code).reshape(-1, 1) for code in (1, 2))

@@ -82,6 +82,45 @@ def test_windows_of_any_batch_shape(make_trunk, random_steps):
     assert_equal(window(trunk, steps[1]), hidden[1])
 
 
+def test_images(make_trunk, random_steps, full_pass, step_by_step):
+    trunk = make_trunk({"max_num_obs_image": 48})
+    steps = random_steps(2, 8, [[], [2]])
+    steps[schema.PIXELS] = torch.randint(256, (2, 8, 4, 4, 3), dtype=torch.uint8)
+    expected = full_pass(trunk, steps)
+    assert_equal(step_by_step(trunk, steps[:, :5]), expected[:, :5])
+    trunk.mark_weight_update()  # encodes the remembered images afresh
+    assert_equal(step_by_step(trunk, steps[:, 5:]), expected[:, 5:])
+    assert trunk._cache._steps["image"].dtype == torch.uint8
+    inverted = steps.clone().set(schema.PIXELS, 255 - steps[schema.PIXELS])
+    assert (full_pass(trunk, inverted) - expected).abs().max() > 1e-2
+
+
+def test_environments_of_different_precision(make_trunk, random_steps, full_pass):
+    """One writes float64 observations and rewards, the other float32, into one cache."""
+    trunk = make_trunk(window=4)
+    steps = random_steps(2, 4)
+    expected = full_pass(trunk, steps)
+    for t in range(4):
+        for row, dtype in enumerate((torch.float32, torch.float64)):
+            frame = steps[[row], t].clone()
+            for key in (schema.OBSERVATION, schema.PREVIOUS_REWARD):
+                frame[key] = frame[key].to(dtype)
+            assert_equal(trunk(frame)[schema.HIDDEN], expected[[row], t])
+
+
+def test_change_of_precision_drops_the_contexts(make_trunk, random_steps, full_pass, step_by_step):
+    trunk = make_trunk()
+    steps = random_steps(2, 5)
+    step_by_step(trunk, steps[:, :3])
+    trunk.to("cpu").float()  # changes nothing
+    assert_equal(step_by_step(trunk, steps[:, 3:]), full_pass(trunk, steps)[:, 3:])
+    trunk.double()
+    with pytest.raises(RuntimeError, match="none for row 0"):
+        trunk(steps[:, 3].clone())
+    expected = full_pass(trunk, steps)
+    torch.testing.assert_close(step_by_step(trunk, steps), expected, atol=1e-10, rtol=0)
+
+
 def test_gradients_flow_through_windows_only(make_trunk, random_steps):
     trunk = make_trunk()
     steps = random_steps(2, 5, [[2], []])
@@ -286,8 +325,8 @@ def test_marked_weight_update_rebuilds_with_the_new_weights(size, make_trunk, ra
     assert_equal(trunk(steps[[1], 12].clone())[schema.HIDDEN], window(full, steps[[1], first:13])[:, -1])
 
 
-def outputs_after_change(make_trunk, steps, *, mark, **options) -> tuple[torch.Tensor, int]:
-    """Hidden state of the step after a change of weights, and how many steps the backbone encoded for it."""
+def outputs_after_change(make_trunk, steps, *, mark, **options) -> tuple[torch.Tensor, list[int]]:
+    """Hidden states of two steps after a change of weights, and how many steps the backbone encoded for each."""
     torch.manual_seed(0)
     trunk = make_trunk(**options)
     for t in range(4):
@@ -295,25 +334,30 @@ def outputs_after_change(make_trunk, steps, *, mark, **options) -> tuple[torch.T
     change_weights(trunk)
     if mark:
         trunk.mark_weight_update()
-    counts = []
+    encoded = [0, 0]
     forward = trunk.backbone.forward
-    trunk.backbone.forward = lambda features, *args, **kwargs: (
-        counts.append(features.shape[1]),
-        forward(features, *args, **kwargs),
-    )[1]
-    return trunk(steps[:, 4].clone())[schema.HIDDEN], sum(counts)
+    hidden = []
+    for index in range(2):
+
+        def spy(features, *args, index=index, **kwargs):
+            encoded[index] += features.shape[1]
+            return forward(features, *args, **kwargs)
+
+        trunk.backbone.forward = spy
+        hidden.append(trunk(steps[:, 4 + index].clone())[schema.HIDDEN])
+    return torch.stack(hidden, 1), encoded
 
 
 def test_keep_and_unmarked_updates_recompute_nothing(make_trunk, random_steps):
-    steps = random_steps(3, 5)
+    steps = random_steps(3, 6)
     rebuilt, encoded = outputs_after_change(make_trunk, steps, mark=True)
-    assert encoded == 5
+    assert encoded == [4 + 1, 1]  # afresh once, then step by step
     kept, encoded = outputs_after_change(make_trunk, steps, mark=True, on_weight_update="keep")
-    assert encoded == 1
+    assert encoded == [1, 1]
     unmarked, encoded = outputs_after_change(make_trunk, steps, mark=False)
-    assert encoded == 1
+    assert encoded == [1, 1]
     assert torch.equal(kept, unmarked)
-    assert (rebuilt - kept).abs().max() > 1e-2
+    assert (rebuilt - kept).abs().amax((0, 2)).min() > 1e-2
 
 
 def test_weight_version_travels_with_the_weights(make_trunk, random_steps):

@@ -33,6 +33,7 @@ class EpisodeReturns:
         >>> ends = torch.tensor([[[True], [False], [True]]])
         >>> following = {"reward": torch.tensor([[[1.0], [0.0], [2.0]]])}
         >>> following["previous"] = {"terminated": ends, "truncated": torch.zeros_like(ends)}
+        >>> following["done"] = torch.zeros_like(ends)
         >>> returns = EpisodeReturns(1, 2)
         >>> returns.add(TensorDict({"next": following}, [1, 3]))
         >>> returns.values.tolist(), returns.complete
@@ -49,12 +50,24 @@ class EpisodeReturns:
         return min(int(self._ended.min()), self.values.shape[1])
 
     def add(self, batch: TensorDictBase) -> None:
-        """Adds a batch of transitions ``[B, T]`` that follows the last one."""
-        reward = schema.require(batch, ("next", "reward")).squeeze(-1)
-        ends = schema.is_terminal_frame(batch["next"])
+        """Adds a batch of transitions ``[B, T]`` that follows the last one.
+
+        Raises:
+            ValueError: a row's task ended before its episodes were recorded.
+        """
+        reward = schema.require(batch, ("next", "reward")).squeeze(-1).to(self.values)
+        ends = schema.is_terminal_frame(batch["next"]).to(self.values.device)
         # Reward belongs to the episode it ends; what comes after an end to the next one.
         index = self._ended + ends.cumsum(1) - ends.long()
         inside = index < self.values.shape[1]
+        done = schema.require(batch, ("next", "done")).squeeze(-1).to(self.values.device)
+        short = done & (index + ends.long() < self.values.shape[1])
+        if short.any():
+            row, step = short.nonzero()[0].tolist()
+            raise ValueError(
+                f"EpisodeReturns: a task must last {self.values.shape[1]} episodes, got one that ended after "
+                f"{int(index[row, step]) + 1} in row {row}. Give TaskEnv as many episodes_per_task."
+            )
         self.values.scatter_add_(1, index.clamp(max=self.values.shape[1] - 1), torch.where(inside, reward, 0.0))
         self._ended += ends.sum(1, keepdim=True)
 
@@ -83,7 +96,7 @@ def evaluate(
         float32 ``[B, episodes]``.
 
     Raises:
-        ValueError: fewer than one episode.
+        ValueError: fewer than one episode, or tasks of fewer episodes.
 
     Examples:
         >>> from torchrl.collectors import RandomPolicy

@@ -115,7 +115,7 @@ def teacher_cross_entropy(logits: torch.Tensor, q_star: torch.Tensor, label_smoo
     log_probability = F.log_softmax(logits.masked_fill(~valid, float("-inf")), -1)
     log_probability = log_probability.masked_fill(~valid, 0.0)
     score = q_star.masked_fill(~q_star.isfinite(), float("-inf"))
-    best = (score == score.amax(-1, keepdim=True)) & valid
+    best = score == score.amax(-1, keepdim=True)
     label = (1 - label_smoothing) * _share(best) + label_smoothing * _share(valid)
     return torch.where(taught, -(label * log_probability).sum(-1), 0.0)
 

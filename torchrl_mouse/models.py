@@ -23,7 +23,7 @@ from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
     import torch
-    from tensordict import TensorDictBase
+    from tensordict import TensorDictBase, TensorDictParams
     from torchrl.data import TensorSpec
 
 CONFIG_FILE = "config.json"
@@ -31,6 +31,17 @@ WEIGHTS_FILE = "model.safetensors"
 
 HEADS: dict[str, type[DQNHead | SwiGLUHead]] = {"dqn": DQNHead, "sp": SwiGLUHead}
 """The kinds of head, in the order in which one is chosen to act."""
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "hidden_dim": (int,),
+    "window": (int,),
+    "embedding_kwargs": (dict,),
+    "backbone": (str, type(None)),
+    "backbone_kwargs": (dict,),
+    "dqn_head_kwargs": (dict, type(None)),
+    "sp_head_kwargs": (dict, type(None)),
+    "action_head": (str, type(None)),
+}
 
 # Where a weight is in a file (MOUSE's names), and where it is in the model.
 _FILE_PREFIXES = {"embedder.": "trunk.embedder.", "backbone.": "trunk.backbone.model."}
@@ -52,6 +63,7 @@ class MouseConfig:
         action_head: the head to act with; by default the first present.
 
     Raises:
+        TypeError: an option has the wrong type.
         ValueError: an unknown backbone or head, or a missing size.
 
     Examples:
@@ -71,14 +83,17 @@ class MouseConfig:
     action_head: str | None = None
 
     def __post_init__(self) -> None:
+        for name, types in _TYPES.items():
+            _check_type(name, getattr(self, name), types)
         if self.backbone is not None and self.backbone not in FAMILIES:
             raise ValueError(
                 f"MouseConfig: backbone must be {', '.join(map(repr, FAMILIES))} or None, got {self.backbone!r}."
             )
-        if self.heads and self.embedding_kwargs.get("max_num_actions", 0) < 1:
+        num_actions = self.embedding_kwargs.get("max_num_actions", 0)
+        _check_type("max_num_actions", num_actions, (int,))
+        if self.heads and num_actions < 1:
             raise ValueError(
-                "MouseConfig: embedding_kwargs must hold max_num_actions >= 1 for the heads, got "
-                f"{self.embedding_kwargs.get('max_num_actions')}."
+                f"MouseConfig: embedding_kwargs must hold max_num_actions >= 1 for the heads, got {num_actions}."
             )
         if self.action_head is not None and self.action_head not in self.heads:
             raise ValueError(
@@ -97,8 +112,11 @@ class MouseConfig:
         """Builds a configuration from the content of ``config.json``.
 
         Raises:
+            TypeError: the content is no JSON object, or an option has the wrong type.
             ValueError: an option that does not exist.
         """
+        if not isinstance(values, dict):
+            raise TypeError(f"MouseConfig: the configuration must be a JSON object, got {type(values).__name__}.")
         names = [entry.name for entry in dataclasses.fields(cls)]
         for name in values:
             if name not in names:
@@ -161,6 +179,30 @@ class MouseModel(TensorDictModuleBase):
         head = getattr(self, f"{name}_head")
         return TensorDictModule(getattr(head, "online", head), in_keys=[schema.HIDDEN], out_keys=[name])
 
+    def set_target(self, name: str, parameters: TensorDictParams) -> None:
+        """Takes over a loss's target of a head, to be saved with the model.
+
+        Args:
+            name: the head's.
+            parameters: the loss's ``target_head_params``.
+
+        Raises:
+            KeyError: the model has no such head, or the head has no target.
+
+        Examples:
+            >>> from torchrl_mouse.objectives import MouseDQNLoss
+            >>> config = MouseConfig(hidden_dim=16, embedding_kwargs={"max_num_actions": 3}, dqn_head_kwargs={})
+            >>> model = MouseModel(config)
+            >>> loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk)
+            >>> model.set_target("dqn", loss.target_head_params.data)
+        """
+        module = self.head(name)
+        head = getattr(self, f"{name}_head")
+        if not isinstance(head, DQNHead):
+            raise KeyError(f"MouseModel: head must be one with a target, got {name!r}.")
+        with parameters.to_module(module, preserve_module_state=False):
+            head.target.load_state_dict(head.online.state_dict())
+
     def actor(self, spec: TensorSpec, *, head: str | None = None, temperature: float = 0.0) -> TensorDictSequential:
         """Returns a policy for collectors; see :func:`~torchrl_mouse.modules.actors.make_actor`.
 
@@ -185,7 +227,7 @@ class MouseModel(TensorDictModuleBase):
         return make_actor(self.trunk, module, spec, temperature=temperature)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors``; a file is replaced only when its successor is complete."""
+        """Writes ``config.json`` and ``model.safetensors``; when that fails, the old files stay."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {_file_name(name): weight.contiguous() for name, weight in self._weights().items()}
@@ -193,8 +235,14 @@ class MouseModel(TensorDictModuleBase):
             save_file(weights, Path(temporary, WEIGHTS_FILE))
             text = json.dumps(dataclasses.asdict(self.config), indent=2)
             Path(temporary, CONFIG_FILE).write_text(text, encoding="utf-8")
-            for file in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(Path(temporary, file), directory / file)
+            config = directory / CONFIG_FILE
+            old = config.read_bytes() if config.exists() else None
+            os.replace(Path(temporary, CONFIG_FILE), config)
+            try:
+                os.replace(Path(temporary, WEIGHTS_FILE), directory / WEIGHTS_FILE)
+            except BaseException:  # The two belong together.
+                config.unlink() if old is None else config.write_bytes(old)
+                raise
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> MouseModel:
@@ -202,6 +250,7 @@ class MouseModel(TensorDictModuleBase):
 
         Raises:
             FileNotFoundError: a file is missing.
+            TypeError: an option of the configuration has the wrong type.
             ValueError: the configuration or the weights cannot be read, or do not fit each other.
         """
         directory = Path(directory)
@@ -237,6 +286,12 @@ class MouseModel(TensorDictModuleBase):
         for name, weight in expected.items():
             weight.copy_(weights[name])  # `state_dict` shares its tensors with the model.
         self.trunk.mark_weight_update()
+
+
+def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
+    if not isinstance(value, types) or isinstance(value, bool):
+        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
+        raise TypeError(f"MouseConfig: {name} must be {expected}, got {value!r}.")
 
 
 def _file_name(name: str) -> str:

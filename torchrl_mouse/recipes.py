@@ -83,6 +83,14 @@ class OfflineSource:
         torch.set_rng_state(state["torch_rng"])
 
 
+class _DetachingStepper(DefaultOptimizationStepper):
+    """Returns losses without their graphs, which the trainer's history would keep alive to the end."""
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        losses: TensorDictBase = super().step(trainer, sub_batch).detach()
+        return losses
+
+
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, updates: int, *, warmup: int = 0, floor: float = 0.0
 ) -> torch.optim.lr_scheduler.LRScheduler:
@@ -159,14 +167,15 @@ def offline_trainer(
         optim_steps_per_batch=1,
         loss_module=loss,
         optimizer=optimizer,
-        optimization_stepper=DefaultOptimizationStepper(),
+        optimization_stepper=_DetachingStepper(),
         logger=logger,
         clip_grad_norm=True,
         clip_norm=clip_norm,
         progress_bar=progress_bar,
         seed=seed,
-        save_trainer_interval=checkpoint_interval,
-        log_interval=log_interval,
+        # `Trainer` acts once more frames than these have passed.
+        save_trainer_interval=checkpoint_interval - 1,
+        log_interval=log_interval - 1,
         checkpoint=Checkpoint(),
         checkpoint_rotation=CheckpointRotation(Path(directory, "checkpoints"), keep_last=2),
     )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from torchrl_mouse import schema
-from torchrl_mouse.data.rows import Records, concatenate, take
+from torchrl_mouse.data.columns import Records, concatenate, take
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase

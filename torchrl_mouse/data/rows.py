@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatch
 from typing import Any
 
 import datasets
@@ -11,14 +12,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-Records = dict[str, torch.Tensor]
-"""Column name -> values ``[rows]``, or ``[rows, width]`` for the columns that hold lists."""
+from torchrl_mouse.data.columns import COLUMNS, INTEGER_COLUMNS, PADDING, REQUIRED_COLUMNS, Columns, Records, fit
 
-REQUIRED_COLUMNS = ("action", "reward", "done", "episode_step")
-INTEGER_COLUMNS = ("action", "done", "episode_step", "observation_discrete")
-PADDING = {"observation": 0.0, "metadata_q_star": -torch.inf}
-"""The columns that hold lists, and what fills the shorter rows."""
-COLUMNS = (*REQUIRED_COLUMNS, "xformed_reward", "observation_discrete", *PADDING)
+CHUNK = 65_536
+"""Rows handled at a time where all are looked at."""
 
 _SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 
@@ -200,27 +197,76 @@ def _memory(arrays: list[pa.Array]) -> tuple[torch.Tensor, torch.Tensor]:
     return view, torch.tensor([max(address - lowest, 0) // dtype.itemsize for address in addresses])
 
 
-def fit(value: torch.Tensor, width: int, padding: float) -> torch.Tensor:
-    """Cuts or pads the last dimension."""
-    return (
-        torch.nn.functional.pad(value, (0, width - value.shape[-1]), value=padding)
-        if value.shape[-1] != width
-        else value
-    )
+def read_columns(
+    block: ArrowRows | TensorRows, columns: Columns, rows: torch.Tensor, names: Collection[str]
+) -> Records:
+    """Copies rows of some columns in the store's dtypes and widths."""
+    records = block.read([name for name in names if name in block.names], rows)
+    return columns.convert(records, names, len(rows))
 
 
-def take(table: Records, rows: torch.Tensor) -> Records:
-    """Picks rows by number or by mask."""
-    return {name: value[rows] for name, value in table.items()}
+def load_rows(dataset: datasets.Dataset, columns: Columns, task: str | None) -> tuple[ArrowRows, torch.Tensor]:
+    """Opens a data set, checks its values in pieces, and finds the first row of each task."""
+    where = "DatasetStore.from_dataset"
+    if not len(dataset):
+        raise ValueError(f"{where}: a data set must have rows, got 0. Drop the empty split.")
+    if task == "task" and task not in dataset.column_names:
+        task = None
+    for name in (*REQUIRED_COLUMNS, *filter(None, [task])):
+        if name not in dataset.column_names:
+            present = ", ".join(dataset.column_names)
+            raise KeyError(f"{where}: column {name!r} must be present, got only {present}. Rename or add the column.")
+    names = tuple(name for name in columns.readable if name in dataset.column_names)
+    block = ArrowRows(dataset, names, task)
+    if "metadata_q_star" in names:
+        columns.check_width("metadata_q_star", block.width("metadata_q_star"), where)
+    starts, previous = [], None
+    checked = [name for name in names if name != "metadata_q_star"]
+    for low in range(0, len(block), CHUNK):
+        rows = torch.arange(low, min(low + CHUNK, len(block)))
+        columns.check_values(read_columns(block, columns, rows, checked), where, low)
+        if task is not None:
+            ids = block.read([task], rows)[task].to(torch.int64)
+            before = torch.cat([ids[:1] - 1 if previous is None else previous, ids[:-1]])
+            starts.append((ids != before).nonzero().squeeze(-1) + low)
+            previous = ids[-1:]
+    return block, torch.cat(starts) if starts else torch.zeros(1, dtype=torch.int64)
 
 
-def concatenate(tables: Sequence[Records]) -> Records:
-    """Joins tables row by row; teacher values of several widths, or absent in some, are padded."""
-    joined = {}
-    for name in {name: None for table in tables for name in table}:
-        parts = [table[name] if name in table else torch.zeros(len(table["action"]), 0) for table in tables]
-        if name in PADDING:
-            width = max(part.shape[1] for part in parts)
-            parts = [fit(part, width, PADDING[name]) for part in parts]
-        joined[name] = torch.cat(parts)
-    return joined
+def to_arrow(records: Records, features: datasets.Features) -> pa.RecordBatch:
+    """Turns columns into Arrow's form, without Python lists."""
+    arrays = []
+    for name, feature in features.items():
+        value, is_list = records[name], isinstance(feature, datasets.List)
+        array = pa.array((value[:, : feature.length].reshape(-1) if is_list else value).numpy())
+        arrays.append(pa.FixedSizeListArray.from_arrays(array, feature.length) if is_list else array)
+    return pa.record_batch(arrays, schema=features.arrow_schema)
+
+
+def dataset_parts(
+    dataset: datasets.Dataset | datasets.DatasetDict,
+    splits: str | Sequence[str] | None,
+    split_pattern: str | Sequence[str] | None,
+) -> list[datasets.Dataset]:
+    """Returns the chosen splits; one data set is one part."""
+    where = "DatasetStore.from_dataset"
+    if splits is not None and split_pattern is not None:
+        raise ValueError(f"{where}: splits and split_pattern must not both be given. Use one of them.")
+    chosen = split_pattern if splits is None else splits
+    if isinstance(dataset, datasets.Dataset):
+        if chosen is not None:
+            raise ValueError(f"{where}: splits need a DatasetDict, got a Dataset and {chosen!r}. Pass it alone.")
+        return [dataset]
+    if not isinstance(dataset, datasets.DatasetDict):
+        remedy = "load_dataset(..., streaming=False) gives one."
+        raise TypeError(f"{where}: data must be a Dataset or DatasetDict, got {type(dataset).__name__}. {remedy}")
+    if chosen is None:
+        return list(dataset.values())
+    asked = [chosen] if isinstance(chosen, str) else list(chosen)
+    # Exact names are looked up, patterns matched: a name may contain a bracket.
+    found = {
+        name: [key for key in dataset if (key == name if splits is not None else fnmatch(key, name))] for name in asked
+    }
+    if missing := [name for name in asked if not found[name]]:
+        raise KeyError(f"{where}: a split must match {missing}, got only {', '.join(dataset)}. Choose among these.")
+    return [dataset[key] for key in dict.fromkeys(key for keys in found.values() for key in keys)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from fnmatch import fnmatch
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,51 +11,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.utils import unravel_key
 from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 from torchrl.data.replay_buffers.storages import Storage
 
-from torchrl_mouse import schema
 from torchrl_mouse.data.collected import TaskAssembler, record_columns
-from torchrl_mouse.data.rows import (
-    COLUMNS,
-    INTEGER_COLUMNS,
-    PADDING,
-    REQUIRED_COLUMNS,
-    ArrowRows,
-    Records,
-    TensorRows,
-    fit,
-)
+from torchrl_mouse.data.columns import COLUMNS, PADDING, UNLIMITED, Columns, Records
+from torchrl_mouse.data.rows import CHUNK, ArrowRows, TensorRows, dataset_parts, load_rows, read_columns, to_arrow
+from torchrl_mouse.data.steps import selection, to_steps
 
 if TYPE_CHECKING:
     from tensordict.utils import NestedKey
-
-# Entry -> the column it is read from, at the root and under "next" (None: known without reading a column).
-_FRAME: dict[NestedKey, str | None] = {
-    schema.OBSERVATION: "observation",
-    schema.OBSERVATION_DISCRETE: "observation_discrete",
-    schema.PREVIOUS_ACTION: "action",
-    schema.PREVIOUS_REWARD: "reward",
-    schema.PREVIOUS_XFORMED_REWARD: "xformed_reward",
-    schema.PREVIOUS_TERMINATED: "done",
-    schema.PREVIOUS_TRUNCATED: "done",
-    schema.EPISODE_STEP: "episode_step",
-    schema.IS_INIT: None,
-}
-_NEXT = {key: unravel_key(("next", key)) for key in _FRAME}
-_ROOT: dict[NestedKey, str | None] = {**_FRAME, schema.Q_STAR: "metadata_q_star", schema.MASK: None}
-_FOLLOWING: dict[NestedKey, str | None] = {
-    schema.ACTION: "action",
-    **{_NEXT[key]: column for key, column in _FRAME.items()},
-    ("next", "reward"): "reward",
-    ("next", "xformed_reward"): "xformed_reward",
-    ("next", "done"): None,
-    ("next", "terminated"): "done",
-    ("next", "truncated"): "done",
-}
-_CHECKED_ROWS = 65_536
-_UNLIMITED = torch.iinfo(torch.int64).max
 
 
 class _StateCheckpointer(StorageCheckpointerBase):
@@ -115,19 +79,8 @@ class DatasetStore(Storage):
         max_obs_discrete_dim: int = 0,
         keys: Sequence[NestedKey] | None = None,
     ) -> None:
-        super().__init__(max_size=_UNLIMITED)
-        self._widths = {"observation": max_obs_continuous_dim, "metadata_q_star": max_action_dim}
-        self._bounds = {  # column -> [low, high), and the remedy
-            "action": (0, max_action_dim, "Raise max_action_dim, or fix the data."),
-            "done": (0, 3, "Done codes are 0 running, 1 terminated, 2 truncated."),
-            "episode_step": (0, _UNLIMITED, "It counts from 0 at an episode's first frame."),
-            "observation_discrete": (0, max_obs_discrete_dim, "Raise max_obs_discrete_dim, or fix the data."),
-        }
-        for name, size in (("max_action_dim", max_action_dim - 1), ("max_obs_continuous_dim", max_obs_continuous_dim)):
-            if size < 0:
-                raise ValueError(f"DatasetStore: {name} is too small. Give the size of the space.")
-        unread = {"observation": max_obs_continuous_dim, "observation_discrete": max_obs_discrete_dim}
-        self._readable = tuple(name for name in COLUMNS if unread.get(name, 1) > 0)
+        super().__init__(max_size=UNLIMITED)
+        self._columns = Columns(max_action_dim, max_obs_continuous_dim, max_obs_discrete_dim)
         self.select(keys)
         self._clear()
 
@@ -138,8 +91,6 @@ class DatasetStore(Storage):
         self._names: tuple[str, ...] = ()
         self._unfinished = TaskAssembler()
         self._appended_task: list[int] = []  # the task id that `append` goes on with, if it may
-
-    # ---------------------------------------------------------------- reading
 
     def select(self, keys: Sequence[NestedKey] | None) -> Self:
         """Limits reads to some entries, so that columns that nobody needs are never touched.
@@ -158,12 +109,7 @@ class DatasetStore(Storage):
             >>> sorted(store[0:2].keys(include_nested=True, leaves_only=True), key=str)
             [('collector', 'mask'), 'action']
         """
-        wanted = {*_ROOT, *_FOLLOWING} if keys is None else {schema.MASK, *map(unravel_key, keys)}
-        # Naming a nested entry, such as "next", asks for all of it.
-        covered = {key for key in (*_ROOT, *_FOLLOWING) if isinstance(key, tuple) and wanted & {key[0], key[:2]}}
-        self._wanted = wanted | covered
-        self._root_columns = {column for key, column in _ROOT.items() if key in self._wanted and column}
-        self._next_columns = {column for key, column in _FOLLOWING.items() if key in self._wanted and column}
+        self._wanted, self._selected = selection(keys)
         return self
 
     def get(self, index: Any) -> TensorDict:
@@ -190,38 +136,10 @@ class DatasetStore(Storage):
         rows = self._as_rows(index)
         task = torch.searchsorted(self._task_bounds[:-1], rows, right=True)
         first, last = self._task_bounds[task - 1], self._task_bounds[task] - 1
-        following, no_decision = torch.minimum(rows + 1, last), rows == last
-        # One read for both frames: a column costs one gather, and its halves share no memory.
-        records = self._read(torch.stack([rows, following]), self._root_columns | self._next_columns)
-        now = {name: value[0] for name, value in records.items() if name in self._root_columns}
-        then = {name: value[1] for name, value in records.items() if name in self._next_columns}
-
-        entries = _frame_entries(now)
-        entries[schema.IS_INIT] = (rows == first).unsqueeze(-1)
-        entries[schema.MASK] = ~no_decision
-        if "metadata_q_star" in now:
-            entries[schema.Q_STAR] = now["metadata_q_star"]
-        entries.update({_NEXT[key]: value for key, value in _frame_entries(then).items()})
-        entries["next", "is_init"] = torch.zeros_like(entries[schema.IS_INIT])
-        if "action" in then:
-            entries[schema.ACTION] = then["action"].masked_fill(no_decision, 0)
-        for name in {"reward", "xformed_reward"} & then.keys():
-            entries["next", name] = then[name].masked_fill(no_decision, 0.0).unsqueeze(-1)
-        entries["next", "done"] = task_ends = (following == last).unsqueeze(-1)
-        if "done" in then:
-            terminated = (then["done"] == schema.TERMINATED).unsqueeze(-1)
-            entries["next", "terminated"] = task_ends & terminated
-            entries["next", "truncated"] = task_ends & ~terminated
-
-        nested: dict[Any, Any] = {}
-        for key, value in entries.items():
-            if key in self._wanted:
-                *parents, leaf = (key,) if isinstance(key, str) else key
-                level = nested
-                for parent in parents:
-                    level = level.setdefault(parent, {})
-                level[leaf] = value
-        return TensorDict(nested, rows.shape)
+        following = torch.minimum(rows + 1, last)
+        # One read for both frames, [2, *]: its halves share no memory.
+        records = self._read(torch.stack([rows, following]), self._selected)
+        return to_steps(records, self._wanted, begins=rows == first, ends=rows == last, next_ends=following == last)
 
     def _as_rows(self, index: Any) -> torch.Tensor:
         length = self._require_rows("read")
@@ -256,35 +174,20 @@ class DatasetStore(Storage):
     def _read(self, rows: torch.Tensor, names: set[str]) -> Records:
         """Reads columns in the store's dtypes and widths: ``[*]``, or ``[*, width]`` for those that hold lists."""
         flat, names = rows.reshape(-1), names.intersection(self._names)
-        if len(self._blocks) == 1:
-            records = self._read_block(self._blocks[0], flat, names)
+        if len(self._blocks) == 1 or not len(flat):
+            records = read_columns(self._blocks[0], self._columns, flat, names)
         else:
             block_of = torch.searchsorted(self._block_starts, flat, right=True) - 1
             order = block_of.argsort(stable=True)
             blocks, counts = np.unique(block_of.numpy(), return_counts=True)
             local = torch.split((flat - self._block_starts[block_of])[order], counts.tolist())
             parts = [
-                self._read_block(self._blocks[block], here, names) for block, here in zip(blocks, local, strict=True)
+                read_columns(self._blocks[block], self._columns, here, names)
+                for block, here in zip(blocks, local, strict=True)
             ]
             back = order.argsort()
             records = {name: torch.cat([part[name] for part in parts])[back] for name in names}
         return {name: value.reshape(rows.shape + value.shape[1:]) for name, value in records.items()}
-
-    def _read_block(self, block: ArrowRows | TensorRows, rows: torch.Tensor, names: Iterable[str]) -> Records:
-        records = block.read([name for name in names if name in block.names], rows)
-        for name in names:
-            if name not in records:  # rows without a teacher
-                records[name] = torch.full((len(rows), self._widths[name]), PADDING[name])
-            elif name in PADDING:
-                value = records[name].to(torch.float32)
-                value = value.unsqueeze(-1) if value.ndim == 1 else value
-                records[name] = fit(value, self._widths[name], PADDING[name])
-            else:
-                kind = torch.int64 if name in INTEGER_COLUMNS else torch.float32
-                records[name] = records[name].to(kind).reshape(len(rows))
-        return records
-
-    # ---------------------------------------------------------------- loading
 
     def from_dataset(
         self,
@@ -312,8 +215,8 @@ class DatasetStore(Storage):
             ValueError: no rows, a null, NaN, or a value out of range; both ``splits`` and ``split_pattern``.
 
         .. note::
-            One vectorised pass checks every column but the teacher's (10 million rows a second for the four required
-            columns, less what the disk takes); nothing of it is kept but the tasks' first rows, 8 bytes each.
+            One vectorised pass checks the values of every column but the teacher's, at some million rows a second, and
+            so reads the file once; it keeps the tasks' first rows only. Lists of several lengths cost 12 bytes a row.
 
         Examples:
             >>> rows = {"action": [0, 1, 0], "reward": [0.0, 1.0, 0.0], "done": [0, 2, 0], "episode_step": [0, 1, 0]}
@@ -321,84 +224,23 @@ class DatasetStore(Storage):
             >>> DatasetStore().from_dataset(dataset).task_starts.tolist()
             [0, 2]
         """
-        loaded = [self._check_dataset(part, task) for part in _parts(dataset, splits, split_pattern)]
+        loaded = [load_rows(part, self._columns, task) for part in dataset_parts(dataset, splits, split_pattern)]
+        for block, _ in loaded:
+            self._check_names(block.names, "DatasetStore.from_dataset", loaded[0][0].names)
         for block, starts in loaded:
             self._add_block(block, starts)
         return self
 
-    def _check_dataset(self, dataset: datasets.Dataset, task: str | None) -> tuple[ArrowRows, torch.Tensor]:
-        where = "DatasetStore.from_dataset"
-        if not len(dataset):
-            raise ValueError(f"{where}: a data set must have rows, got 0. Drop the empty split.")
-        if task == "task" and task not in dataset.column_names:
-            task = None
-        for name in (*REQUIRED_COLUMNS, *filter(None, [task])):
-            if name not in dataset.column_names:
-                present = ", ".join(dataset.column_names)
-                raise KeyError(
-                    f"{where}: column {name!r} must be present, got only {present}. Rename or add the column."
-                )
-        names = tuple(name for name in self._readable if name in dataset.column_names)
-        self._check_names(names, where)
-        block = ArrowRows(dataset, names, task)
-        if "metadata_q_star" in names:
-            self._check_width("metadata_q_star", block.width("metadata_q_star"), where)
-        starts, previous = [], None
-        checked = [name for name in names if name != "metadata_q_star"]
-        for low in range(0, len(block), _CHECKED_ROWS):
-            rows = torch.arange(low, min(low + _CHECKED_ROWS, len(block)))
-            self._check_values(self._read_block(block, rows, checked), where, low)
-            if task is not None:
-                ids = block.read([task], rows)[task].to(torch.int64)
-                before = torch.cat([ids[:1] - 1 if previous is None else previous, ids[:-1]])
-                starts.append((ids != before).nonzero().squeeze(-1) + low)
-                previous = ids[-1:]
-        return block, torch.cat(starts) if starts else torch.zeros(1, dtype=torch.int64)
-
-    def _check_names(self, names: Sequence[str], where: str) -> None:
+    def _check_names(self, names: Sequence[str], where: str, default: Sequence[str] = ()) -> None:
         """All rows have the same columns, so that every read has the same entries; a teacher may be absent."""
-        for name in {"observation", "observation_discrete"}.intersection(names).difference(self._readable):
-            size = "max_obs_continuous_dim" if name == "observation" else "max_obs_discrete_dim"
-            raise ValueError(
-                f"{where}: column {name!r} must be one that the store reads, got {size}=0. "
-                f"Give {size}, or leave the entry out."
-            )
-        held = set(self._names or self._unfinished.columns)
+        self._columns.check_read(names, where)
+        held = set(self._names or self._unfinished.columns or default)
         differ = held.symmetric_difference(names) - {"metadata_q_star"}
         if held and differ:
             raise KeyError(
                 f"{where}: columns must be those in the store ({', '.join(sorted(held))}), got a difference "
                 f"in {', '.join(sorted(differ))}. Add or remove the column, or use a second store."
             )
-
-    def _check_values(self, records: Records, where: str, first_row: int = 0) -> None:
-        for name, value in records.items():
-            if name in PADDING:
-                self._check_width(name, value.shape[-1], where)
-            if name in self._bounds:
-                low, high, remedy = self._bounds[name]
-                least, most = value.aminmax()
-                if least >= low and most < high:
-                    continue
-                wrong, rule = (value < low) | (value >= high), f"lie in [{low}, {high})"
-                if high == _UNLIMITED:
-                    rule = f"be at least {low}"
-            elif name != "metadata_q_star" and value.min().isnan():  # which any NaN in it makes so
-                wrong, rule, remedy = value.isnan().reshape(len(value), -1).any(-1), "not be NaN", "Fix the data."
-            else:
-                continue
-            row = int(wrong.nonzero()[0])
-            got = value[row].tolist()
-            raise ValueError(f"{where}: column {name!r} must {rule}, got {got} in row {first_row + row}. {remedy}")
-
-    def _check_width(self, name: str, width: int, where: str) -> None:
-        if name == "metadata_q_star" and width > self._widths[name]:
-            raise ValueError(
-                f"{where}: column {name!r} must have at most max_action_dim={self._widths[name]} values a row, got "
-                f"{width}. Raise max_action_dim."
-            )
-
-    # ---------------------------------------------------------------- writing
 
     def append(self, record: dict[str, Any]) -> None:
         """Appends one record, visible at once.
@@ -419,21 +261,9 @@ class DatasetStore(Storage):
             (DatasetStore(steps=2, tasks=1), 4)
         """
         where = "DatasetStore.append"
-        for name in REQUIRED_COLUMNS:
-            if name not in record:
-                raise KeyError(f"{where}: column {name!r} must be present, got only {', '.join(record)}. Add it.")
-        records = {}
-        for name in self._readable:
-            if record.get(name) is not None:
-                value = torch.as_tensor(record[name])
-                if name in INTEGER_COLUMNS and (value.is_floating_point() or value.dtype == torch.bool):
-                    raise TypeError(
-                        f"{where}: column {name!r} must hold integers, got {value.dtype}. Convert it to int."
-                    )
-                value = value.long() if name in INTEGER_COLUMNS else value.float()
-                records[name] = value.reshape(1, -1) if name in PADDING else value.reshape(1)
+        records = self._columns.from_record(record, where)
         self._check_names(tuple(records), where)
-        self._check_values(records, where, len(self))
+        self._columns.check_values(records, where, len(self))
         task = int(record.get("task", self._appended_task[0] if self._appended_task else 0))
         starts = [] if self._appended_task == [task] else [0]
         self._add_records(records, torch.tensor(starts, dtype=torch.int64))
@@ -474,7 +304,7 @@ class DatasetStore(Storage):
         table = self._unfinished.read(steps)
         records = {name: table[name] for name in record_columns(table)}
         self._check_names(tuple(records), where)
-        self._check_values(records, where)
+        self._columns.check_values(records, where)
         finished = self._unfinished.add(table)
         if finished is not None:
             self._add_records(*finished)
@@ -510,8 +340,6 @@ class DatasetStore(Storage):
             f"DatasetStore: rows must be appended, got a write at index {cursor}. Use store.extend or store.append; a "
             "buffer built by torchrl_mouse.data.replay_buffer does so in rb.extend."
         )
-
-    # ---------------------------------------------------------------- the whole
 
     def __len__(self) -> int:
         return int(self._task_bounds[-1])
@@ -561,29 +389,17 @@ class DatasetStore(Storage):
         """
         length = self._require_rows("written")
         widths = {
-            name: min(self._widths[name], max(block.width(name) for block in self._blocks if name in block.names))
+            name: max(block.width(name) for block in self._blocks if name in block.names)
             for name in PADDING
             if name in self._names
         }
-        features = {
-            name: datasets.List(datasets.Value("float32"), length=widths[name])
-            if name in widths
-            else datasets.Value("int64" if name in INTEGER_COLUMNS else "float32")
-            for name in self._names
-        }
-        features = datasets.Features({**features, "task": datasets.Value("int64")})
+        features = self._columns.features(self._names, widths)
         batches = []
-        for low in range(0, length, _CHECKED_ROWS):
-            rows = torch.arange(low, min(low + _CHECKED_ROWS, length))
+        for low in range(0, length, CHUNK):
+            rows = torch.arange(low, min(low + CHUNK, length))
             records = self._read(rows, set(self._names))
-            columns = [
-                pa.FixedSizeListArray.from_arrays(pa.array(records[name][:, :width].reshape(-1).numpy()), width)
-                if (width := widths.get(name))
-                else pa.array(records[name].numpy())
-                for name in self._names
-            ]
             task = torch.searchsorted(self.task_starts, rows, right=True) - 1
-            batches.append(pa.record_batch([*columns, pa.array(task.numpy())], schema=features.arrow_schema))
+            batches.append(to_arrow({**records, "task": task}, features))
         table = datasets.table.InMemoryTable(pa.Table.from_batches(batches))
         return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
@@ -625,47 +441,3 @@ class DatasetStore(Storage):
         self._unfinished.restore(state_dict["unfinished"])
         self._appended_task = list(state_dict["appended_task"])
         self._bump_mutation_revision()
-
-
-def _parts(
-    dataset: datasets.Dataset | datasets.DatasetDict,
-    splits: str | Sequence[str] | None,
-    split_pattern: str | Sequence[str] | None,
-) -> list[datasets.Dataset]:
-    where = "DatasetStore.from_dataset"
-    if splits is not None and split_pattern is not None:
-        raise ValueError(f"{where}: splits and split_pattern must not both be given. Use one of them.")
-    chosen = split_pattern if splits is None else splits
-    if isinstance(dataset, datasets.Dataset):
-        if chosen is not None:
-            raise ValueError(f"{where}: splits need a DatasetDict, got a Dataset and {chosen!r}. Pass it alone.")
-        return [dataset]
-    if not isinstance(dataset, datasets.DatasetDict):
-        remedy = "load_dataset(..., streaming=False) gives one."
-        raise TypeError(f"{where}: data must be a Dataset or DatasetDict, got {type(dataset).__name__}. {remedy}")
-    if chosen is None:
-        return list(dataset.values())
-    asked = [chosen] if isinstance(chosen, str) else list(chosen)
-    # Exact names are looked up, patterns matched: a name may contain a bracket.
-    found = {
-        name: [key for key in dataset if (key == name if splits is not None else fnmatch(key, name))] for name in asked
-    }
-    if missing := [name for name in asked if not found[name]]:
-        raise KeyError(f"{where}: a split must match {missing}, got only {', '.join(dataset)}. Choose among these.")
-    return [dataset[key] for key in dict.fromkeys(key for keys in found.values() for key in keys)]
-
-
-def _frame_entries(records: Records) -> dict[Any, torch.Tensor]:
-    """The entries of a frame that are read from its record."""
-    entries: dict[Any, torch.Tensor] = {
-        key: records[column]
-        if column in ("action", "observation", "observation_discrete")
-        else records[column].unsqueeze(-1)
-        for key, column in _FRAME.items()
-        if column in records and column != "done"
-    }
-    if "done" in records:
-        done = records["done"].unsqueeze(-1)
-        entries[schema.PREVIOUS_TERMINATED] = done == schema.TERMINATED
-        entries[schema.PREVIOUS_TRUNCATED] = done == schema.TRUNCATED
-    return entries

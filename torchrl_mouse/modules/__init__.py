@@ -1,5 +1,6 @@
 """Networks: embedder, backbone and its cache, trunk, heads, actors."""
 
+from torchrl_mouse.modules.actors import make_actor
 from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
 from torchrl_mouse.modules.heads import DQNHead, SwiGLUHead
@@ -17,4 +18,5 @@ __all__ = [
     "TabularQLearner",
     "TokenType",
     "Trunk",
+    "make_actor",
 ]

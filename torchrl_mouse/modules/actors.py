@@ -62,7 +62,7 @@ def make_actor(
         >>> type(make_actor(model.trunk, model.head("dqn"), CategoricalSpec(3))[-1]).__name__
         'QValueModule'
     """
-    if not isinstance(spec, CategoricalSpec | OneHotSpec):
+    if type(spec) not in (CategoricalSpec, OneHotSpec):  # TorchRL's spaces of several choices are their subclasses
         raise TypeError(f"make_actor: the action spec must be Categorical or OneHot, got {type(spec).__name__}.")
     if temperature < 0:
         raise ValueError(f"make_actor: temperature must be at least 0, got {temperature}.")

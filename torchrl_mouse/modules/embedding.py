@@ -128,7 +128,7 @@ class FourierEmbedder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the features ``[*, width]`` of numbers ``[*, sets]``."""
-        features: torch.Tensor = self.rff(x)
+        features: torch.Tensor = self.rff(x.to(self.rff.weight.dtype))
         return features
 
 
@@ -253,6 +253,7 @@ class StepEmbedder(nn.Module):
         self.hidden_dim = hidden_dim
         self.token_data_len = token_data_len
         self.concat_modalities = concat_modalities
+        self._sizes = {"continuous": max_num_obs_continuous, "image": max_num_obs_image}
         width = token_data_len * hidden_dim
 
         def active(name: str, include: bool | None, size: int) -> bool:
@@ -337,6 +338,11 @@ class StepEmbedder(nn.Module):
             if name not in steps:
                 raise KeyError(f"StepEmbedder: modality {name!r} must be given, got only {', '.join(sorted(steps))}.")
             value = steps[name].unsqueeze(-1) if name == "reward" else steps[name]
+            if name in self._sizes and value.shape[-1:] != (self._sizes[name],):
+                raise ValueError(
+                    f"StepEmbedder: modality {name!r} must be [*, {self._sizes[name]}], got {tuple(value.shape)}. "
+                    "Build the embedder with its size."
+                )
             vector = embedder(value)
             if hasattr(self, "type_embedder"):
                 vector = vector + self.type_embedder.embed.weight[MODALITIES[name]]

@@ -77,8 +77,8 @@ class SwiGLUHead(nn.Module):
 class DQNHead(nn.Module):
     """Action values: an online :class:`SwiGLUHead` and its slowly moving target.
 
-    Losses train ``online`` and keep a target of their own, which :meth:`set_target` brings back here, so that a saved
-    model can be trained on.
+    Losses train ``online`` and keep a target of their own, which :meth:`torchrl_mouse.models.MouseModel.set_target`
+    brings back here, so that a saved model can be trained on.
 
     Args:
         in_dim: size of the hidden state.

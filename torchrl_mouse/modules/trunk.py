@@ -133,6 +133,17 @@ class Trunk(TensorDictModuleBase):
         # A cache that is pickled goes through shared memory: the workers of a collector would write to one another's.
         return {**self.__dict__, "_cache": None}
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Trunk:
+        def kind() -> tuple[torch.device, torch.dtype]:
+            weight = next(self.parameters())
+            return weight.device, weight.dtype
+
+        before = kind()
+        super()._apply(*args, **kwargs)
+        if kind() != before:  # Keys and values of another device or precision do not fit the weights.
+            self.reset_cache()
+        return self
+
     def reset_cache(self) -> None:
         """Forgets every context and frees its memory."""
         self._cache = None
@@ -157,8 +168,12 @@ class Trunk(TensorDictModuleBase):
         return tensordict.set(schema.HIDDEN, hidden)
 
     def read(self, steps: TensorDictBase) -> dict[str, torch.Tensor]:
-        """Reads the modalities of steps ``[*]``: ids and codes int64 ``[*]``, ``reward`` ``[*]``, others ``[*, C]``."""
+        """Reads the modalities of steps ``[*]``: ids and codes int64 ``[*]``, ``reward`` ``[*]``, others ``[*, C]``.
+
+        Numbers get the weights' type; images keep theirs, since a context keeps its steps.
+        """
         values = {}
+        dtype = next(self.embedder.parameters()).dtype
         for name, key in self.keys.items():
             if name == "done":
                 terminated, truncated = (schema.require(steps, end) for end in self._end_keys())
@@ -166,11 +181,12 @@ class Trunk(TensorDictModuleBase):
                 continue
             value = schema.require(steps, key)
             if name == "reward":
-                values[name] = value.reshape(steps.shape)
+                values[name] = value.reshape(steps.shape).to(dtype)
             elif name in ("time", "action", "discrete"):
                 values[name] = schema.to_ids(value, self.embedder.num_ids(name), steps.ndim, key)
             else:
-                values[name] = value.flatten(steps.ndim) if value.ndim > steps.ndim else value.unsqueeze(-1)
+                value = value.flatten(steps.ndim) if value.ndim > steps.ndim else value.unsqueeze(-1)
+                values[name] = value if name == "image" else value.to(dtype)
         return values
 
     def _window(self, steps: TensorDictBase) -> torch.Tensor:

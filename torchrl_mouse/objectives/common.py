@@ -176,9 +176,9 @@ class CombinedLoss(LossModule):
     @property
     def in_keys(self) -> list[NestedKey]:
         """The entries that the trunk and the losses read."""
+        parts: list[Any] = list(self.losses.values())
         keys = [key for key in self.trunk.in_keys if key != schema.STREAM]
-        for loss in self.losses.values():
-            keys += [key for key in loss.in_keys if key != schema.HIDDEN]
+        keys += [key for loss in parts for key in loss.in_keys if key != schema.HIDDEN]
         return list(dict.fromkeys(keys))
 
     @dispatch

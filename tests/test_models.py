@@ -1,0 +1,377 @@
+"""The model: building, running, and its files."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tensordict import TensorDict
+from torchrl.data import Categorical, OneHot
+from torchrl.modules import set_recurrent_mode
+from torchrl.objectives import SoftUpdate
+
+from torchrl_mouse import models, schema
+from torchrl_mouse.models import MouseConfig, MouseModel
+from torchrl_mouse.objectives import MouseDQNLoss
+from torchrl_mouse.schema import from_mouse_records
+
+EMBEDDING = {"max_num_actions": 3, "max_num_obs_continuous": 2}
+TINY = {
+    "hidden_dim": 16,
+    "window": 8,
+    "embedding_kwargs": EMBEDDING,
+    "backbone_kwargs": {"num_layers": 1, "num_heads": 2, "expand": 1},
+    "dqn_head_kwargs": {"hidden_dim": 8},
+    "sp_head_kwargs": {"num_layers": 1},
+}
+FILES = ["config.json", "model.safetensors"]
+
+
+def make_model(seed=0, **options):
+    torch.manual_seed(seed)
+    model = MouseModel(MouseConfig(**{**TINY, **options}))
+    if "dqn" in model.config.heads:  # A target that lags behind.
+        for parameter in model.dqn_head.target.parameters():
+            parameter.data.normal_()
+    return model
+
+
+def make_steps(batch=2, num=5):
+    generator = torch.Generator().manual_seed(3)
+    records = {
+        "action": torch.randint(3, (batch, num), generator=generator),
+        "reward": torch.randn(batch, num, generator=generator),
+        "done": torch.randint(3, (batch, num), generator=generator),
+        "time": torch.arange(num).repeat(batch, 1),
+        "obs_continuous": torch.randn(batch, num, 2, generator=generator),
+    }
+    steps = from_mouse_records(TensorDict(records, [batch, num]))
+    steps[schema.STREAM] = torch.arange(batch).reshape(batch, 1, 1).repeat(1, num, 1)
+    return steps
+
+
+def run(model, steps):
+    with set_recurrent_mode(True), torch.no_grad():
+        return model(steps.clone())
+
+
+def same_weights(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert set(ours) == set(theirs)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours if name != "trunk.weight_version")
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3", None])
+def test_forward_writes_hidden_and_every_head(backbone):
+    model = make_model(backbone=backbone)
+    out = run(model, make_steps())
+    assert model.out_keys == ["hidden", "dqn", "sp"]
+    assert out["hidden"].shape == (2, 5, 16)
+    assert out["dqn"].shape == out["sp"].shape == (2, 5, 3)
+    assert torch.equal(out["dqn"], model.dqn_head.online(out["hidden"]))
+    assert torch.equal(out["sp"], model.sp_head(out["hidden"]))
+
+
+def test_forward_step_by_step_agrees():
+    model, steps = make_model(), make_steps()
+    window = run(model, steps)
+    for step in range(steps.shape[1]):
+        out = model(steps[:, step].clone())
+        for key in model.out_keys:
+            assert torch.allclose(out[key], window[key][:, step], atol=1e-5), (key, step)
+
+
+def test_in_keys_are_what_the_trunk_reads():
+    model, steps = make_model(), make_steps()
+    with set_recurrent_mode(True):
+        assert "dqn" in model(steps.select(*model.in_keys))
+
+
+def test_head_is_a_module_on_hidden():
+    model = make_model()
+    hidden = torch.randn(4, 16)
+    out = model.head("dqn")(TensorDict({"hidden": hidden}, [4]))
+    assert torch.equal(out["dqn"], model.dqn_head.online(hidden))
+    owned = {id(parameter) for parameter in model.dqn_head.online.parameters()}
+    assert {id(parameter) for parameter in model.head("dqn").parameters()} == owned
+
+
+def test_missing_head():
+    with pytest.raises(KeyError, match=r"head must be one of the model's \(sp\), got 'dqn'"):
+        make_model(dqn_head_kwargs=None).head("dqn")
+    bare = make_model(dqn_head_kwargs=None, sp_head_kwargs=None)
+    assert bare.out_keys == ["hidden"]
+    with pytest.raises(KeyError, match=r"head must be one of the model's \(none\), got ''"):
+        bare.actor(Categorical(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "head", "expected"),
+    [({}, None, "dqn"), ({"action_head": "sp"}, None, "sp"), ({}, "sp", "sp"), ({"dqn_head_kwargs": None}, None, "sp")],
+)
+@pytest.mark.parametrize("spec", [Categorical, OneHot])
+def test_actor_takes_the_best_action_of_its_head(options, head, expected, spec):
+    model = make_model(**options)
+    steps = make_steps()[:, 0]
+    out = model.actor(spec(3), head=head)(steps.clone())
+    assert expected in out
+    assert torch.equal(schema.to_ids(out["action"], 3, 1, "action"), out[expected].argmax(-1))
+
+
+def test_actor_of_another_action_space():
+    with pytest.raises(ValueError, match="must have the model's 3 actions, got 4"):
+        make_model().actor(Categorical(4))
+
+
+# Configuration
+
+
+def test_config_round_trips_through_json():
+    config = MouseConfig(**TINY, action_head="sp", backbone="qwen3")
+    assert MouseConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+def test_config_defaults_do_not_share_state():
+    assert MouseConfig().backbone_kwargs is not MouseConfig().backbone_kwargs
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"backbone": "gpt2"}, "backbone must be 'llama', 'qwen3' or None, got 'gpt2'"),
+        ({"embedding_kwargs": {"max_num_obs_continuous": 2}}, "must hold max_num_actions >= 1 for the heads, got 0"),
+        ({"embedding_kwargs": {"max_num_actions": 0}}, "must hold max_num_actions >= 1 for the heads, got 0"),
+        ({"action_head": "vec_dqn"}, r"one of the model's heads \(dqn, sp\), got 'vec_dqn'"),
+        ({"action_head": "sp", "sp_head_kwargs": None}, r"one of the model's heads \(dqn\), got 'sp'"),
+    ],
+)
+def test_config_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        MouseConfig(**{**TINY, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_dim": "16"}, "hidden_dim must be int, got '16'"),
+        ({"hidden_dim": True}, "hidden_dim must be int, got True"),
+        ({"window": 8.0}, r"window must be int, got 8\.0"),
+        ({"embedding_kwargs": None}, "embedding_kwargs must be dict, got None"),
+        ({"embedding_kwargs": {"max_num_actions": "3"}}, "max_num_actions must be int, got '3'"),
+        ({"dqn_head_kwargs": [8]}, r"dqn_head_kwargs must be dict or None, got \[8\]"),
+        ({"backbone": ["llama"]}, r"backbone must be str or None, got \['llama'\]"),
+    ],
+)
+def test_config_of_wrong_types(options, message):
+    with pytest.raises(TypeError, match=message):
+        MouseConfig(**{**TINY, **options})
+
+
+@pytest.mark.parametrize("name", ["hiden_dim", "vec_dqn_head", "__class__"])
+def test_config_unknown_option(name):
+    with pytest.raises(ValueError, match=f"unknown option '{name}'. The options are hidden_dim, window"):
+        MouseConfig.from_dict({"hidden_dim": 16, name: 1})
+
+
+@pytest.mark.parametrize("part", ["embedding_kwargs", "dqn_head_kwargs"])
+def test_unknown_option_of_a_part(part):
+    options = {**TINY, part: {**TINY[part], "no_such_option": 1}}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_option'"):
+        MouseModel(MouseConfig(**options))
+
+
+# Files
+
+
+@pytest.mark.parametrize("backbone", ["llama", "qwen3", None])
+def test_files_round_trip_exactly(tmp_path, backbone):
+    model = make_model(backbone=backbone, action_head="sp")
+    model.save_pretrained(tmp_path / "new" / "folder")
+    loaded = MouseModel.from_pretrained(str(tmp_path / "new" / "folder"))
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == FILES
+    assert loaded.config == model.config
+    assert same_weights(loaded, model)
+    assert not torch.equal(
+        loaded.dqn_head.target.layers[0].linear.weight, loaded.dqn_head.online.layers[0].linear.weight
+    )
+    steps = make_steps()
+    assert (run(loaded, steps).select(*model.out_keys) == run(model, steps).select(*model.out_keys)).all()
+    requires = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in loaded.named_parameters()} == requires
+
+
+def test_weights_have_mouses_names(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    layer = "backbone.layers.0."
+    expected = {"backbone.embed_tokens.weight", "sp_head.norm.weight"}
+    expected |= {f"{layer}{name}_layernorm.weight" for name in ("input", "post_attention")}
+    expected |= {f"{layer}self_attn.{name}_proj.weight" for name in "qkvo"}
+    expected |= {f"{layer}mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
+    expected |= {f"embedder.{name}_embedder.embed.weight" for name in ("action", "done", "type")}
+    for name in ("obs_continuous", "reward"):
+        expected |= {f"embedder.{name}_embedder.rff.{part}" for part in ("freqs", "phases", "weight")}
+    for network in ("online", "target"):
+        head = f"dqn_head.{network}"
+        expected |= {f"{head}.norm.weight", f"{head}.layers.0.linear.weight", f"{head}.layers.0.linear.bias"}
+        expected |= {f"{head}.layers.1.weight", f"{head}.layers.1.bias"}
+    expected |= {"sp_head.layers.0.weight", "sp_head.layers.0.bias"}
+    assert set(load_file(tmp_path / "model.safetensors")) == expected
+
+
+def test_a_second_model_replaces_the_first(tmp_path):
+    make_model(seed=0).save_pretrained(tmp_path)
+    second = make_model(seed=1, hidden_dim=8, dqn_head_kwargs=None)
+    second.save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == FILES
+    loaded = MouseModel.from_pretrained(tmp_path)
+    assert loaded.config == second.config
+    assert same_weights(loaded, second)
+
+
+def test_saving_over_a_loaded_model(tmp_path):
+    make_model(seed=0).save_pretrained(tmp_path)
+    loaded, second = MouseModel.from_pretrained(tmp_path), make_model(seed=1)
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    second.save_pretrained(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+
+
+class DiskFullError(Exception):
+    pass
+
+
+def fails(at_call, real):
+    calls = []
+
+    def replacement(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at_call:
+            raise DiskFullError("no space left")
+        return real(*args, **kwargs)
+
+    return replacement
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "at_call"),
+    [(models, "save_file", 1), (Path, "write_text", 1), (os, "replace", 1), (os, "replace", 2)],
+    ids=["weights", "config", "first move", "second move"],
+)
+def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch, owner, name, at_call):
+    old = make_model(seed=0)
+    old.save_pretrained(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fails(at_call, getattr(owner, name)))
+        with pytest.raises(DiskFullError, match="no space left"):
+            make_model(seed=1, hidden_dim=8).save_pretrained(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == FILES
+    loaded = MouseModel.from_pretrained(tmp_path)
+    assert loaded.config == old.config
+    assert same_weights(loaded, old)
+
+
+def test_a_failed_first_save_leaves_nothing(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fails(2, os.replace))
+        with pytest.raises(DiskFullError, match="no space left"):
+            make_model().save_pretrained(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("missing", FILES)
+def test_missing_file(tmp_path, missing):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"must hold config.json and model.safetensors, got no {missing}"):
+        MouseModel.from_pretrained(tmp_path)
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"got no config\.json"):
+        MouseModel.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.9])
+def test_truncated_weights(tmp_path, keep):
+    make_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match=r"the files in .* must be readable, got"):
+        MouseModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe{}", b'{"hidden_dim": 16'])
+def test_unreadable_config(tmp_path, content):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"the files in .* must be readable, got"):
+        MouseModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '["hidden_dim"]', "3", "null", '"hidden_dim"'])
+def test_config_that_is_no_object(tmp_path, content):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(TypeError, match="MouseConfig: the configuration must be a JSON object, got"):
+        MouseModel.from_pretrained(tmp_path)
+
+
+def rewrite(directory, change):
+    weights = load_file(directory / "model.safetensors")
+    change(weights)
+    save_file(weights, directory / "model.safetensors")
+
+
+def test_weights_of_other_shapes(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: weights.update({"sp_head.layers.0.bias": torch.zeros(4)}))
+    with pytest.raises(ValueError, match=r"got sp_head.layers.0.bias has shape \(4,\) instead of \(3,\)\."):
+        MouseModel.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_configuration(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_dim": 8}))
+    with pytest.raises(ValueError, match=r"weights must fit the configuration, got .* and [0-9]+ more"):
+        MouseModel.from_pretrained(tmp_path)
+
+
+def test_weights_too_few_and_too_many(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: weights.update(extra=weights.pop("sp_head.layers.0.bias")))
+    with pytest.raises(ValueError, match=r"got missing sp_head.layers.0.bias; unexpected extra\."):
+        MouseModel.from_pretrained(tmp_path)
+
+
+def test_loading_counts_as_a_weight_update(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    assert MouseModel.from_pretrained(tmp_path).trunk.weight_version > model.trunk.weight_version
+
+
+def test_target_of_a_loss_is_saved(tmp_path):
+    model = MouseModel(MouseConfig(hidden_dim=16, embedding_kwargs={"max_num_actions": 3}, dqn_head_kwargs={}))
+    loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk)
+    updater = SoftUpdate(loss, tau=0.5)
+    target = {name: weight.clone() for name, weight in model.dqn_head.target.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.dqn_head.online.parameters():
+            weight.add_(1.0)
+    updater.step()
+    model.set_target("dqn", loss.target_head_params)
+    model.save_pretrained(tmp_path)
+    loaded = MouseModel.from_pretrained(tmp_path).dqn_head
+    for name, weight in loaded.target.state_dict().items():
+        torch.testing.assert_close(weight, target[name] + 0.5)
+        torch.testing.assert_close(loaded.online.state_dict()[name], target[name] + 1.0)
+
+
+def test_set_target_of_a_head_without_one():
+    model = MouseModel(MouseConfig(hidden_dim=16, embedding_kwargs={"max_num_actions": 3}, sp_head_kwargs={}))
+    with pytest.raises(KeyError, match="head must be one with a target, got 'sp'"):
+        model.set_target("sp", model.head("sp"))
