@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
 
 from torchrl_mouse import schema
@@ -194,14 +195,13 @@ class MouseModel(TensorDictModuleBase):
             >>> config = MouseConfig(hidden_dim=16, embedding_kwargs={"max_num_actions": 3}, dqn_head_kwargs={})
             >>> model = MouseModel(config)
             >>> loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk)
-            >>> model.set_target("dqn", loss.target_head_params.data)
+            >>> model.set_target("dqn", loss.target_head_params)
         """
-        module = self.head(name)
+        self.head(name)  # Refuses a head that the model does not have.
         head = getattr(self, f"{name}_head")
         if not isinstance(head, DQNHead):
             raise KeyError(f"MouseModel: head must be one with a target, got {name!r}.")
-        with parameters.to_module(module, preserve_module_state=False):
-            head.target.load_state_dict(head.online.state_dict())
+        TensorDict.from_module(head.target).data.update_(parameters.data["module"])
 
     def actor(self, spec: TensorSpec, *, head: str | None = None, temperature: float = 0.0) -> TensorDictSequential:
         """Returns a policy for collectors; see :func:`~torchrl_mouse.modules.actors.make_actor`.
