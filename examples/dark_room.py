@@ -44,15 +44,19 @@ MAX_STEPS = 20
 EXPERT_RETURN = 1.0
 
 # What was tuned. Unscaled rewards leave the action values of far cells too close to tell apart; drawing actions from
-# them, instead of taking the best, is what explores.
+# them, instead of taking the best, is what explores. Returns span episodes (GAMMA_TERMINAL).
 WINDOW = 120
+START_SHARE = 0.3
 REWARD_SCALE = 20.0
 GAMMA = 0.8
+GAMMA_TERMINAL = 0.8
 CQL_WEIGHT = 0.5
-TEMPERATURE = {"dqn": 0.5, "sp": 1.0}
-LEARNING_RATE = 1e-3
-WEIGHT_DECAY = 0.01
 TAU = 0.01
+LOSS_WEIGHTS = {"dqn": 1.0, "sp": 20.0}  # Squared errors of scaled rewards would drown the cross-entropy.
+TEMPERATURE = {"dqn": 0.8, "sp": 1.5}
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.01
+WARMUP = 50
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -115,9 +119,15 @@ def build_model(heads: list[str], observation: str) -> MouseModel:
     config = MouseConfig(
         hidden_dim=64,
         window=WINDOW,
-        embedding_kwargs={"max_num_actions": NUM_ACTIONS, "max_num_time_steps": MAX_STEPS + 1, **seen},
+        embedding_kwargs={
+            "max_num_actions": NUM_ACTIONS,
+            "max_num_time_steps": MAX_STEPS + 1,
+            "continuous_encoder": "linear",
+            "std": 0.2,
+            **seen,
+        },
         backbone="llama",
-        backbone_kwargs={"num_layers": 4, "num_heads": 4},
+        backbone_kwargs={"num_layers": 4, "num_heads": 4, "initializer_range": 0.1},
         **{f"{name}_head_kwargs": {"hidden_dim": 64, "num_layers": 2} for name in heads},
     )
     return MouseModel(config)
@@ -128,20 +138,27 @@ def train(model: MouseModel, store: DatasetStore, arguments: argparse.Namespace,
     losses: dict[str, InContextLoss] = {}
     if "dqn" in arguments.heads:
         losses["dqn"] = MouseDQNLoss(
-            model.head("dqn"), gamma=GAMMA, reward_scale=REWARD_SCALE, cql_weight=CQL_WEIGHT, cql_scale_q=False
+            model.head("dqn"),
+            gamma=GAMMA,
+            gamma_terminal=GAMMA_TERMINAL,
+            reward_scale=REWARD_SCALE,
+            cql_weight=CQL_WEIGHT,
+            cql_scale_q=False,
         )
     if "sp" in arguments.heads:
         losses["sp"] = SupervisedPolicyLoss(model.head("sp"))
-    loss = CombinedLoss(model.trunk, losses)
-    optimizer = torch.optim.AdamW(loss.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    loss = CombinedLoss(model.trunk, losses, weights={name: LOSS_WEIGHTS[name] for name in losses})
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
     trainer = offline_trainer(
         loss,
-        replay_buffer(store.select(loss.in_keys), window=WINDOW, batch_size=arguments.batch_size),
+        replay_buffer(
+            store.select(loss.in_keys), window=WINDOW, batch_size=arguments.batch_size, start_share=START_SHARE
+        ),
         optimizer,
         updates=arguments.updates,
         directory=directory,
         target_updaters=(SoftUpdate(losses["dqn"], tau=TAU),) if "dqn" in losses else (),
-        scheduler=warmup_cosine(optimizer, arguments.updates, warmup=min(100, arguments.updates // 10)),
+        scheduler=warmup_cosine(optimizer, arguments.updates, warmup=min(WARMUP, arguments.updates // 10)),
         logger=CSVLogger("log", log_dir=directory),
         seed=seed,
     )
