@@ -29,7 +29,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 from tqdm.auto import tqdm
 
-from torchrl_mouse.data import DatasetStore, replay_buffer
+from torchrl_mouse.data import DatasetStore, JitterObservation, replay_buffer
 from torchrl_mouse.envs import ClearContext, DarkRoomEnv, TaskEnv, oracle_policy, split_goals
 from torchrl_mouse.evaluation import evaluate, plot_curves, summarize
 from torchrl_mouse.models import MouseConfig, MouseModel
@@ -44,19 +44,30 @@ MAX_STEPS = 20
 EXPERT_RETURN = 1.0
 
 # What was tuned. Unscaled rewards leave the action values of far cells too close to tell apart; drawing actions from
-# them, instead of taking the best, is what explores. Returns span episodes (GAMMA_TERMINAL).
+# them, instead of taking the best, is what explores. Returns span episodes (GAMMA_TERMINAL). The jitter keeps the model
+# from remembering the 70 goals, and so from never looking for the others.
 WINDOW = 120
 START_SHARE = 0.3
+JITTER_SCALE = 0.3
+JITTER_SHIFT = 0.25  # one cell
 REWARD_SCALE = 20.0
 GAMMA = 0.8
 GAMMA_TERMINAL = 0.8
 CQL_WEIGHT = 0.5
 TAU = 0.01
-LOSS_WEIGHTS = {"dqn": 1.0, "sp": 20.0}  # Squared errors of scaled rewards would drown the cross-entropy.
-TEMPERATURE = {"dqn": 0.8, "sp": 1.5}
+LOSS_WEIGHTS = {"dqn": 1.0, "sp": 10.0}  # Squared errors of scaled rewards would drown the cross-entropy.
+TEMPERATURE = {"dqn": 1.4, "sp": 2.0}
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.01
 WARMUP = 50
+
+
+def positive(text: str) -> int:
+    """Reads a number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -70,18 +81,18 @@ def parse_arguments() -> argparse.Namespace:
         default="coordinates",
         help="what the agent sees of its cell: two numbers, or one of 81 ids",
     )
-    parser.add_argument("--updates", type=int, default=3000, help="optimiser steps")
-    parser.add_argument("--batch-size", type=int, default=32, help="windows per update")
-    parser.add_argument("--history-episodes", type=int, default=200, help="episodes of each learning history")
-    parser.add_argument("--episodes", type=int, default=100, help="episodes per task in the evaluation")
+    parser.add_argument("--updates", type=positive, default=3000, help="optimiser steps")
+    parser.add_argument("--batch-size", type=positive, default=32, help="windows per update")
+    parser.add_argument("--history-episodes", type=positive, default=200, help="episodes of each learning history")
+    parser.add_argument("--episodes", type=positive, default=100, help="episodes per task in the evaluation")
     parser.add_argument("--output", type=Path, default=Path("runs/dark_room"), help="folder for everything written")
     parser.add_argument("--restart", action="store_true", help="do not resume from checkpoints")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes: shows that it runs")
+    if parser.parse_args().smoke:
+        parser.set_defaults(updates=20, batch_size=8, history_episodes=20, episodes=10)
+        parser.set_defaults(output=Path("runs/dark_room_smoke"))
     arguments = parser.parse_args()
-    if arguments.smoke:
-        arguments.updates, arguments.batch_size = 20, 8
-        arguments.history_episodes, arguments.episodes = 20, 10
-        arguments.output = arguments.output / "smoke"
+    arguments.heads = sorted(set(arguments.heads))
     return arguments
 
 
@@ -92,7 +103,8 @@ def learning_histories(goals: torch.Tensor, *, episodes: int, seed: int, directo
         env = TaskEnv(DarkRoomEnv(goals, max_steps=MAX_STEPS, teacher=True), episodes_per_task=episodes)
         learner = TabularQLearner(num_states=NUM_CELLS, num_actions=NUM_ACTIONS, num_episodes=episodes)
         store = empty_store()
-        collector = Collector(env, learner, frames_per_batch=len(goals) * 100, total_frames=-1)
+        # A task takes longer than that many steps, so a row ends at most one in a batch.
+        collector = Collector(env, learner, frames_per_batch=len(goals) * episodes, total_frames=-1)
         learning = torch.ones(len(goals), dtype=torch.bool)
         with tqdm(total=len(goals), desc="learning histories", unit="goal") as bar:
             for batch in collector:
@@ -149,11 +161,14 @@ def train(model: MouseModel, store: DatasetStore, arguments: argparse.Namespace,
         losses["sp"] = SupervisedPolicyLoss(model.head("sp"))
     loss = CombinedLoss(model.trunk, losses, weights={name: LOSS_WEIGHTS[name] for name in losses})
     optimizer = torch.optim.AdamW(loss.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY)
+    buffer = replay_buffer(
+        store.select(loss.in_keys), window=WINDOW, batch_size=arguments.batch_size, start_share=START_SHARE
+    )
+    if arguments.observation == "coordinates":
+        buffer.append_transform(JitterObservation(scale=JITTER_SCALE, shift=JITTER_SHIFT))
     trainer = offline_trainer(
         loss,
-        replay_buffer(
-            store.select(loss.in_keys), window=WINDOW, batch_size=arguments.batch_size, start_share=START_SHARE
-        ),
+        buffer,
         optimizer,
         updates=arguments.updates,
         directory=directory,
@@ -162,8 +177,7 @@ def train(model: MouseModel, store: DatasetStore, arguments: argparse.Namespace,
         logger=CSVLogger("log", log_dir=directory),
         seed=seed,
     )
-    run(trainer, resume=not arguments.restart)
-    model.trunk.mark_weight_update()
+    run(trainer)
     if "dqn" in losses:
         model.set_target("dqn", losses["dqn"].target_head_params)
 
@@ -191,15 +205,30 @@ def play(model: MouseModel, goals: torch.Tensor, arguments: argparse.Namespace) 
     return returns
 
 
+def claim(directory: Path, arguments: argparse.Namespace) -> None:
+    """Makes the folder of a run; one that was begun with other options is not gone on with."""
+    if arguments.restart:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    names = ("heads", "observation", "updates", "batch_size", "history_episodes")
+    options = {name: getattr(arguments, name) for name in names}
+    options |= {name: value for name, value in globals().items() if name.isupper()}  # The recipe is one, too.
+    file = directory / "options.json"
+    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != options:
+        raise SystemExit(
+            f"{directory} holds a run with other options: {before} instead of {options}. "
+            "Give --restart to replace it, or another --output."
+        )
+    file.write_text(json.dumps(options), encoding="utf-8")
+
+
 def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Makes the data, trains, evaluates and plots for one seed."""
     began = time.monotonic()
     directory = arguments.output / f"seed-{seed}"
-    if arguments.restart:
-        shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
+    claim(directory, arguments)
     train_goals, held_out_goals = split_goals(NUM_TRAIN_GOALS, seed=seed)
-    histories = arguments.output / f"DR9-{NUM_TRAIN_GOALS}-1-seed-{seed}"
+    histories = arguments.output / f"DR9-{NUM_TRAIN_GOALS}-1-seed-{seed}-{arguments.history_episodes}-episodes"
     store = learning_histories(train_goals, episodes=arguments.history_episodes, seed=seed, directory=histories)
 
     torch.manual_seed(seed)
@@ -213,23 +242,29 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         "held-out goals": {name: values[NUM_TRAIN_GOALS:] for name, values in returns.items()},
         "training goals": {name: values[:NUM_TRAIN_GOALS] for name, values in returns.items()},
     }
-    plot_curves(groups, directory / "curves.png", title=f"Dark Room, 100 episodes without a weight update, seed {seed}")
-    return {
+    plot_curves(groups, directory / "curves.png", title=f"Dark Room, seed {seed}: no weight changes")
+    results = {
         "minutes": (time.monotonic() - began) / 60,
         **{
             group: {name: summarize(values, EXPERT_RETURN) for name, values in curves.items()}
             for group, curves in groups.items()
         },
     }
+    write(directory / "results.json", results)
+    return results
+
+
+def write(file: Path, results: dict[str, Any]) -> None:
+    """Writes results as JSON."""
+    file.write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
 
 
 def main() -> None:
     """Runs every seed, and writes ``results.json``."""
     arguments = parse_arguments()
-    results: dict[str, Any] = {"arguments": {name: str(value) for name, value in vars(arguments).items()}, "seeds": {}}
+    results: dict[str, Any] = {"arguments": vars(arguments), "seeds": {}}
     for seed in arguments.seeds:
         results["seeds"][seed] = run_seed(seed, arguments)
-        (arguments.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     for group in ("held-out goals", "training goals"):
         print(f"\n{group:<26}{'NAUC':>16}{'first 10':>10}{'last 10':>10}")
         for name in results["seeds"][arguments.seeds[0]][group]:
@@ -239,8 +274,8 @@ def main() -> None:
             results.setdefault("mean", {}).setdefault(group, {})[name] = {**mean, "nauc_std_over_seeds": spread}
             nauc = f"{mean['nauc']:.3f} +- {spread:.3f}"
             print(f"{name:<26}{nauc:>16}{mean['first_10_episodes']:>10.3f}{mean['last_10_episodes']:>10.3f}")
-    (arguments.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    print(f"\nWritten: {arguments.output / 'results.json'}, seed-*/curves.png, seed-*/model, seed-*/log")
+    write(arguments.output / "results.json", results)
+    print(f"\nWritten: {arguments.output / 'results.json'}, and for each seed results, curves.png, model and log")
 
 
 if __name__ == "__main__":

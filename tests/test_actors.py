@@ -11,6 +11,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import EGreedyModule, QValueModule
 
 from torchrl_mouse import schema
+from torchrl_mouse.modules import DQNHead, SwiGLUHead
 from torchrl_mouse.modules.actors import make_actor
 
 SPECS = {"categorical": Categorical(5), "one-hot": OneHot(5, dtype=torch.int64)}
@@ -114,9 +115,7 @@ def test_configuration_chooses_the_head(make_model, random_steps):
 
 @pytest.mark.parametrize("spec", [Categorical(4), OneHot(6)], ids=["categorical", "one-hot"])
 def test_another_number_of_actions(spec, make_model):
-    with pytest.raises(
-        ValueError, match=rf"must have the model's 5 actions, got {spec.space.n}\. Build the model with"
-    ):
+    with pytest.raises(ValueError, match=rf"must have the head's 5 actions, got {spec.space.n}\. Build the model with"):
         make_model().actor(spec)
 
 
@@ -133,7 +132,18 @@ def test_other_spaces(spec, make_model):
 def test_bad_temperature_and_head(make_model):
     with pytest.raises(ValueError, match=r"temperature must be at least 0, got -0\.5"):
         scores_actor(SPECS["categorical"], -0.5)
+    with pytest.raises(ValueError, match=r"temperature must be at least 0, got nan"):
+        scores_actor(SPECS["categorical"], float("nan"))
     with pytest.raises(KeyError, match=r"head must be one of the model's \(dqn\), got 'sp'"):
         make_model().actor(SPECS["categorical"], head="sp")
     with pytest.raises(KeyError, match=r"head must be one of the model's \(none\), got ''"):
         make_model(dqn_head_kwargs=None).actor(SPECS["categorical"])
+
+
+@pytest.mark.parametrize("head_class", [SwiGLUHead, DQNHead])
+def test_number_of_actions_of_a_head_without_a_model(head_class):
+    trunk = TensorDictModule(torch.nn.Identity(), [schema.OBSERVATION], [schema.HIDDEN])
+    head = TensorDictModule(head_class(16, 3), [schema.HIDDEN], ["scores"])
+    with pytest.raises(ValueError, match=r"make_actor: the action space must have the head's 3 actions, got 5\."):
+        make_actor(trunk, head, Categorical(5))
+    assert act(make_actor(trunk, head, Categorical(3)), torch.randn(4, 16))[schema.ACTION].shape == (4,)

@@ -17,6 +17,8 @@ KINDS = {
     "qwen3 grouped": ("qwen3", {"num_heads": 4, "num_key_value_heads": 1, "head_dim": 8}),
 }
 
+OPTIONAL_SIZES = ["num_key_value_heads", "head_dim", "max_position_embeddings", "expand", "intermediate_size"]
+
 
 def make(kind: str, dtype: torch.dtype = torch.float32, **options: object) -> CausalBackbone:
     name, heads = KINDS[kind]
@@ -194,9 +196,45 @@ def test_positions_are_needed_with_a_cache():
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"num_heads": 3}, "num_heads must divide hidden_dim=16, got 3"),
+        ({"num_heads": 16}, "head_dim must be even, got 1"),
+        ({"kind": "qwen3", "head_dim": 3}, "head_dim must be even, got 3"),
+        ({"num_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads must divide num_heads=4, got 3"),
+        *[({name: 0}, f"{name} must be at least 1, got 0") for name in OPTIONAL_SIZES],
+        *[({name: -2}, f"{name} must be at least 1, got -2") for name in OPTIONAL_SIZES],
     ],
     ids=str,
 )
 def test_bad_options(options, match):
     with pytest.raises(ValueError, match=match):
         CausalBackbone(**{"hidden_dim": 16, "num_layers": 1, "num_heads": 2, **options})
+
+
+@pytest.mark.parametrize("value", ["2", True, 2.0])
+@pytest.mark.parametrize("name", ["hidden_dim", "num_layers", "num_heads", *OPTIONAL_SIZES])
+def test_sizes_of_wrong_type(name, value):
+    with pytest.raises(TypeError, match=f"CausalBackbone: {name} must be an integer, got {value!r}"):
+        CausalBackbone(**{"hidden_dim": 16, "num_layers": 1, "num_heads": 2, name: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "nearest"),
+    [("num_layer", "num_layers"), ("dropuot", "attention_dropout"), ("rope_parameter", "rope_parameters")],
+)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_unknown_options(kind, option, nearest):
+    with pytest.raises(TypeError, match=f"unknown option '{option}'. The nearest are .*{nearest}"):
+        CausalBackbone(16, kind, num_layers=1, num_heads=2, **{option: 0.5})
+
+
+@pytest.mark.parametrize("option", ["hidden_size", "vocab_size", "use_cache"])
+def test_options_that_are_not_the_users(option):
+    with pytest.raises(TypeError, match=f"unknown option '{option}'"):
+        CausalBackbone(16, num_layers=1, num_heads=2, **{option: 1})
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_options_of_the_configuration(kind):
+    backbone = CausalBackbone(16, kind, num_layers=1, num_heads=2, initializer_range=0.5, attention_dropout=0.25)
+    assert backbone.model.config.initializer_range == 0.5
+    assert backbone.model.layers[0].self_attn.attention_dropout == 0.25
+    assert 0.4 < backbone.model.layers[0].mlp.up_proj.weight.std() < 0.6

@@ -226,3 +226,21 @@ def test_multi_sync_collector(model, check_parity):
     actor = actor_of(model, env)
     env.rollout(3, actor, break_when_any_done=False)  # a used model: its cache must not reach the workers
     check_parity(collect_in_workers(actor), rows=4)
+
+
+def test_two_collectors_that_take_turns_on_one_module(model, check_parity):
+    envs = [SerialEnv(3, workers(3)), make_task_env(2, rows=4)]
+    rows = [env.batch_size.numel() for env in envs]
+    collectors = [
+        Collector(env, actor_of(model, env), frames_per_batch=8 * num, total_frames=FRAMES * num)
+        for env, num in zip(envs, rows, strict=True)
+    ]
+    try:
+        turns = [[batch.clone() for batch in pair] for pair in zip(*collectors, strict=True)]
+    finally:
+        for collector in collectors:
+            collector.shutdown()
+    assert len(turns) == 6
+    assert len(model.trunk._cache) == sum(rows)  # one module holds the contexts of both
+    for batches, num in zip(zip(*turns, strict=True), rows, strict=True):
+        check_parity(list(batches), rows=num)

@@ -137,8 +137,10 @@ def test_split_goals():
 @pytest.mark.parametrize(
     ("keywords", "match"),
     [
-        ({"goals": [81]}, r"goals must be cell ids \[G\] in \[0, 81\), got \[81\]"),
-        ({"goals": []}, "goals must be cell ids"),
+        ({"goals": [81]}, r"goals must be integer cell ids \[G\] in \[0, 81\), got \[81\]"),
+        ({"goals": []}, "goals must be integer cell ids"),
+        ({"goals": [3.5]}, r"goals must be integer cell ids .* got \[3.5\]"),
+        ({"goals": [True]}, r"goals must be integer cell ids .* got \[True\]"),
         ({"goals": [0], "size": 1}, "size must be at least 2, got 1"),
         ({"goals": [0], "start": 81}, "start must lie in .* got 81"),
         ({"goals": [0], "max_steps": 0}, "max_steps must be at least 1, got 0"),
@@ -148,6 +150,14 @@ def test_split_goals():
 def test_errors(keywords, match):
     with pytest.raises(ValueError, match=match):
         DarkRoomEnv(**keywords)
+
+
+@pytest.mark.parametrize("action", [-1, 5, 7])
+def test_action_out_of_range(action):
+    env = DarkRoomEnv([0, 1])
+    frame = env.reset().set("action", torch.tensor([0, action]))
+    with pytest.raises(ValueError, match=rf"DarkRoomEnv: action must lie in \[0, 5\), got {action}\."):
+        env.step(frame)
 
 
 def test_split_goals_error():

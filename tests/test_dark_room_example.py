@@ -23,7 +23,7 @@ def run_example(output: Path, *arguments: str) -> str:
 def smoke(tmp_path_factory):
     output = tmp_path_factory.mktemp("dark_room")
     printed = run_example(output, "--smoke", "--seeds", "3")
-    return output / "smoke", printed
+    return output, printed
 
 
 def test_smoke_writes_results(smoke):
@@ -44,18 +44,34 @@ def test_second_run_reuses_data_and_checkpoint(smoke):
     output, _ = smoke
     model = output / "seed-3/model/model.safetensors"
     before = model.read_bytes()
-    data = output / "DR9-70-1-seed-3"
-    stamp = data.stat().st_mtime_ns
-    run_example(output.parent, "--smoke", "--seeds", "3")
-    assert data.stat().st_mtime_ns == stamp
+    kept = [output / "DR9-70-1-seed-3-20-episodes", *(output / "seed-3/checkpoints").iterdir()]
+    kept += (output / "seed-3/log").rglob("loss_*.csv")
+    stamps = [path.stat().st_mtime_ns for path in kept]
+    assert len(kept) >= 5
+    run_example(output, "--smoke", "--seeds", "3")
+    assert [path.stat().st_mtime_ns for path in kept] == stamps  # No data made, no update run.
     assert model.read_bytes() == before
 
 
-def test_unknown_option_is_refused(tmp_path):
-    command = [sys.executable, str(ROOT / "examples/dark_room.py"), "--heads", "dqm"]
+def test_other_options_do_not_resume(smoke):
+    output, _ = smoke
+    command = [sys.executable, str(ROOT / "examples/dark_room.py"), "--output", str(output)]
+    command += ["--smoke", "--seeds", "3", "--heads", "sp"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1
+    assert "holds a run with other options" in done.stderr
+    assert "--restart" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--heads", "dqm"], "invalid choice: 'dqm'"), (["--episodes", "0"], "--episodes: must be at least 1, got 0")],
+)
+def test_bad_options_are_refused(tmp_path, arguments, message):
+    command = [sys.executable, str(ROOT / "examples/dark_room.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, check=False)
     assert done.returncode == 2
-    assert "invalid choice: 'dqm'" in done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.slow

@@ -10,9 +10,11 @@ from matplotlib.image import imread
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType
 from torchrl.envs.utils import exploration_type
+from torchrl.modules import set_recurrent_mode
 
 from torchrl_mouse.envs import DarkRoomEnv, TaskEnv, oracle_policy
 from torchrl_mouse.evaluation import EpisodeReturns, evaluate, nauc, plot_curves, summarize
+from torchrl_mouse.models import MouseConfig, MouseModel
 
 
 def transitions(rewards, terminated, truncated):
@@ -175,3 +177,15 @@ def test_plot_is_a_picture_with_lines(tmp_path):
     assert (width, height) == (round(5.2 * 2 * 120), 480)
     colours = {tuple(pixel) for pixel in (picture[..., :3].reshape(-1, 3) * 255).round().astype(int).tolist()}
     assert {(31, 119, 180), (255, 127, 14)} <= colours, "both curves are drawn"
+
+
+def test_evaluation_is_sequential_and_leaves_no_context():
+    embedding = {"max_num_actions": 5, "max_num_obs_continuous": 2}
+    model = MouseModel(MouseConfig(hidden_dim=16, embedding_kwargs=embedding, dqn_head_kwargs={}))
+    for _ in range(3):
+        env = TaskEnv(DarkRoomEnv([0, 1], size=3), episodes_per_task=2)
+        actor = model.actor(env.action_spec_unbatched)
+        with set_recurrent_mode(True):  # Where a training loop may well stand.
+            evaluate(actor, env, 2, progress_bar=False)
+        assert len(model.trunk._cache) == 0
+        assert len(model.trunk._cache.length) == 2  # The slots of the first evaluation serve the others.

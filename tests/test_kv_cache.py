@@ -121,6 +121,7 @@ def test_least_recently_used_context_is_forgotten(make_trunk, random_steps, full
 def test_row_of_the_batch_is_never_evicted_for_another():
     cache = make_cache(max_streams=3)
     before = dict(zip((1, 2, 3), cache.locate([1, 2, 3], [True] * 3).tolist(), strict=True))
+    cache.length += 1
     after = dict(zip((9, 1, 8), cache.locate([9, 1, 8], [True, False, True]).tolist(), strict=True))
     assert after[1] == before[1]
     assert sorted(after.values()) == [0, 1, 2]
@@ -149,6 +150,76 @@ def test_slots_are_added_as_streams_appear():
     cache.locate([6], [True])
     assert made == [2, 3]
     assert len(cache) == 5
+
+
+def test_forgotten_streams_make_room_before_the_pool_grows():
+    made = []
+
+    def count(slots):
+        made.append(slots)
+        return empty_pool(slots)
+
+    cache = KVCache(count, window=4, max_streams=5)
+    slots = dict(zip((1, 2, 3), cache.locate([1, 2, 3], [True] * 3).tolist(), strict=True))
+    cache.forget([1, 3, 99])
+    assert len(cache) == 1
+    with pytest.raises(RuntimeError, match=r"none for row 0 \(stream 3\)"):
+        cache.locate([3], [False])
+    assert sorted(cache.locate([4, 5], [True, True]).tolist()) == sorted([slots[1], slots[3]])
+    assert made == [3]
+    cache.locate([6], [True])
+    assert made == [3, 1]
+
+
+def test_forgetting_disturbs_no_other_context(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    trunk.forget(torch.tensor([7]))  # nothing there yet
+    steps = random_steps(4, 4)
+    expected = full_pass(trunk, steps)
+    trunk(steps[:3, 0].clone())
+    trunk.forget(torch.tensor([[1000], [1002], [77]]))
+    assert len(trunk._cache) == 1
+    with pytest.raises(RuntimeError, match=r"none for row 0 \(stream 1000\)"):
+        trunk(steps[:3, 1].clone())
+    for t in range(3):  # rows 3 and 0 take the freed slots
+        rows, at = torch.tensor([1, 3, 0]), torch.tensor([1 + t, t, t])
+        assert_equal(trunk(steps[rows, at].clone())[schema.HIDDEN], expected[rows, at])
+    assert len(trunk._cache.length) == 3
+
+
+def test_row_whose_first_call_failed_has_no_context(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    steps = random_steps(3, 3)
+    trunk(steps[[0], 0].clone())
+    forward = trunk.backbone.forward
+
+    def fails(*_, **__):
+        raise MemoryError("out of memory")
+
+    trunk.backbone.forward = fails
+    with pytest.raises(MemoryError, match="out of memory"):
+        trunk(steps[1:, 0].clone())
+    trunk.backbone.forward = forward
+    with pytest.raises(RuntimeError, match=r"none for row 0 \(stream 1001\).*a call that failed"):
+        trunk(steps[1:, 1].clone())  # the same rows as before
+    with pytest.raises(RuntimeError, match=r"none for row 1 \(stream 1002\)"):
+        trunk(steps[[0, 2], 1].clone())
+    expected = full_pass(trunk, steps)
+    assert_equal(trunk(steps[[0], 1].clone())[schema.HIDDEN], expected[[0], 1])
+    for t in range(2):
+        assert_equal(trunk(steps[1:, t].clone())[schema.HIDDEN], expected[1:, t])
+
+
+def test_max_streams_can_be_raised(make_trunk, random_steps, full_pass):
+    trunk = make_trunk(max_streams=2)
+    steps = random_steps(3, 2)
+    expected = full_pass(trunk, steps)
+    trunk(steps[:2, 0].clone())
+    with pytest.raises(ValueError, match=r"at most max_streams=2 rows, got 3\. Raise max_streams"):
+        trunk(steps[:, 0].clone())
+    trunk.max_streams = 3
+    assert_equal(trunk(steps[:, 0].clone())[schema.HIDDEN], expected[:, 0])
+    assert_equal(trunk(steps[:, 1].clone())[schema.HIDDEN], expected[:, 1])
 
 
 def test_recall_returns_the_newest_steps_oldest_first():

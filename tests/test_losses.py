@@ -966,3 +966,27 @@ def test_sp_agrees_with_mouse(case):
     assert value.item() == pytest.approx(case["value"], abs=1e-5)
     value.backward()
     assert logits.grad.norm().item() == pytest.approx(case["grad_norm"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("dqn", schema.IS_INIT),
+        ("dqn", schema.MASK),
+        ("dqn", schema.PREVIOUS_TERMINATED),
+        ("dqn", ("next", "done")),
+        ("dqn", ("next", "previous", "terminated")),
+        ("dqn", ("next", "previous", "truncated")),
+        ("sp", schema.MASK),
+        ("sp", schema.PREVIOUS_TRUNCATED),
+    ],
+)
+def test_marks_of_wrong_type(name, key):
+    model = make_model()
+    kind = {"dqn": MouseDQNLoss, "sp": SupervisedPolicyLoss}[name]
+    steps = make_steps().set("hidden", torch.zeros(3, 8, 16))
+    loss = attach_targets(kind(model.head(name)))  # without a trunk, which looks at some of them, too
+    loss(steps.clone())
+    steps[key] = steps[key].float()
+    with pytest.raises(TypeError, match=rf"{key if isinstance(key, str) else key[-1]}.* must be of bool type, got"):
+        loss(steps)

@@ -122,7 +122,7 @@ def test_actor_takes_the_best_action_of_its_head(options, head, expected, spec):
 
 
 def test_actor_of_another_action_space():
-    with pytest.raises(ValueError, match="must have the model's 3 actions, got 4"):
+    with pytest.raises(ValueError, match="must have the head's 3 actions, got 4"):
         make_model().actor(Categorical(4))
 
 
@@ -337,8 +337,26 @@ def test_weights_of_another_configuration(tmp_path):
     make_model().save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**values, "hidden_dim": 8}))
+    rewrite(tmp_path, lambda weights: None)  # weights that do not name their configuration, as MOUSE's
     with pytest.raises(ValueError, match=r"weights must fit the configuration, got .* and [0-9]+ more"):
         MouseModel.from_pretrained(tmp_path)
+
+
+def test_a_save_that_was_killed_between_its_two_files_is_refused(tmp_path):
+    for name, options in (("old", {}), ("new", {"window": 64})):  # the shapes are the same
+        make_model(seed=0, **options).save_pretrained(tmp_path / name)
+    os.replace(tmp_path / "new" / "config.json", tmp_path / "old" / "config.json")
+    with pytest.raises(ValueError, match=r"config\.json in .* must be the one that model\.safetensors was saved with"):
+        MouseModel.from_pretrained(tmp_path / "old")
+    rewrite(tmp_path / "old", lambda weights: None)  # without that knowledge it loads
+    assert MouseModel.from_pretrained(tmp_path / "old").config.window == 64
+
+
+def test_a_configuration_in_another_layout_is_the_same(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(dict(reversed(values.items()))))
+    assert MouseModel.from_pretrained(tmp_path).config == make_model().config
 
 
 def test_weights_too_few_and_too_many(tmp_path):
@@ -375,3 +393,40 @@ def test_set_target_of_a_head_without_one():
     model = MouseModel(MouseConfig(hidden_dim=16, embedding_kwargs={"max_num_actions": 3}, sp_head_kwargs={}))
     with pytest.raises(KeyError, match="head must be one with a target, got 'sp'"):
         model.set_target("sp", model.head("sp"))
+
+
+def test_set_target_refuses_a_loss_without_its_own():
+    model = MouseModel(MouseConfig(hidden_dim=16, embedding_kwargs={"max_num_actions": 3}, dqn_head_kwargs={}))
+    loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk, delay_value=False)
+    with pytest.raises(ValueError, match=r"must be a loss's own target.*Build the loss with delay_value=True"):
+        model.set_target("dqn", loss.target_head_params)
+
+
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_options_of_the_trunk(tmp_path, sequence):
+    options = {
+        "keys": {"continuous": sequence(("sensors", "position"))},
+        "overflow": "error",
+        "on_weight_update": "keep",
+        "max_streams": 3,
+    }
+    model = make_model(trunk_kwargs=options)
+    model.save_pretrained(tmp_path)
+    loaded = MouseModel.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    trunk = loaded.trunk
+    assert (trunk.overflow, trunk.on_weight_update, trunk.max_streams) == ("error", "keep", 3)
+    assert ("sensors", "position") in loaded.in_keys
+    steps = make_steps()
+    expected = run(model, steps.clone().set(("sensors", "position"), steps[schema.OBSERVATION]))["hidden"]
+    steps["sensors", "position"] = steps.pop(schema.OBSERVATION)
+    assert torch.equal(run(loaded, steps)["hidden"], expected)
+
+
+def test_bad_options_of_the_trunk():
+    with pytest.raises(TypeError, match="trunk_kwargs must be dict, got None"):
+        MouseConfig(**TINY, trunk_kwargs=None)
+    with pytest.raises(TypeError, match=r"keys must be dict, got \['action'\]"):
+        MouseConfig(**TINY, trunk_kwargs={"keys": ["action"]})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'overflw'"):
+        make_model(trunk_kwargs={"overflw": "error"})

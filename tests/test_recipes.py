@@ -77,6 +77,7 @@ class Training:
                 sp_head_kwargs={"num_layers": 1},
             )
         )
+        self.model = model
         dqn = MouseDQNLoss(model.head("dqn"), cql_weight=0.1)
         self.loss = CombinedLoss(model.trunk, {"dqn": dqn, "sp": SupervisedPolicyLoss(model.head("sp"))})
         self.updater = Counted(SoftUpdate(dqn, tau=0.1))
@@ -260,6 +261,35 @@ def test_beginning_anew(tmp_path):
     assert run(second.trainer, resume=False) is True
     assert second.updater.count == 6
     assert same(second.weights(), first.weights())
+
+
+def test_beginning_anew_leaves_nothing_of_the_old_run(tmp_path):
+    run(Training(tmp_path, 20, checkpoint_interval=5).trainer)
+    crashing, calls = Training(tmp_path, 20, checkpoint_interval=5, seed=1), []
+
+    def crash(*_):
+        calls.append(1)
+        if len(calls) == 14:
+            raise PowerCutError("lights out")
+
+    crashing.loss.register_forward_pre_hook(crash)
+    with pytest.raises(PowerCutError, match="lights out"):
+        run(crashing.trainer, resume=False)
+    resumed = Training(tmp_path, 20, checkpoint_interval=5, seed=1)
+    assert run(resumed.trainer) is True
+    assert resumed.updater.count == 10  # From the new run's update 10, not from the old run's end.
+
+
+def test_contexts_are_told_of_every_update(tmp_path):
+    training = Training(tmp_path, 7)
+    run(training.trainer)
+    assert int(training.model.trunk.weight_version) == 7
+
+
+@pytest.mark.parametrize("option", ["updates", "log_interval", "checkpoint_interval"])
+def test_counts_of_zero(tmp_path, option):
+    with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
+        Training(tmp_path, **{option: 0})
 
 
 def test_seeds_reproduce(tmp_path):

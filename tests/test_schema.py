@@ -246,3 +246,71 @@ def test_check_ids():
         check_ids(torch.tensor([0, 3]), 3, "action")
     with pytest.raises(ValueError, match=r"entry \('previous', 'action'\) must lie in \[0, 3\), got -1"):
         check_ids(torch.tensor([-1, 2]), 3, ("previous", "action"))
+
+
+@pytest.mark.parametrize("kind", ["bool", "integer", "float"])
+@pytest.mark.parametrize(
+    ("dtype", "fits"),
+    [
+        (torch.bool, "bool"),
+        (torch.uint8, "integer"),
+        (torch.int64, "integer"),
+        (torch.bfloat16, "float"),
+        (torch.float64, "float"),
+        (torch.complex64, None),
+    ],
+)
+def test_require_of_a_kind(dtype, fits, kind):
+    steps = TensorDict({"entry": torch.zeros(2, dtype=dtype)}, [2])
+    assert require(steps, "entry") is steps["entry"]
+    if kind == fits:
+        assert require(steps, "entry", kind) is steps["entry"]
+    else:
+        with pytest.raises(TypeError, match=rf"entry 'entry' must be of {kind} type, got {dtype}\. Convert it"):
+            require(steps, "entry", kind)
+
+
+@pytest.mark.parametrize("key", [schema.PREVIOUS_TERMINATED, schema.PREVIOUS_TRUNCATED, schema.MASK])
+def test_masks_of_wrong_type(key):
+    steps = from_mouse_records(two_episodes())
+    steps[key] = steps[key].float()
+    with pytest.raises(TypeError, match=rf"'{key[-1]}'\) must be of bool type, got torch.float32"):
+        decision_mask(steps)
+    if key != schema.MASK:
+        with pytest.raises(TypeError, match="must be of bool type"):
+            is_terminal_frame(steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("done", float("nan"), "integer"),
+        ("done", 1.0, "integer"),
+        ("done", True, "integer"),
+        ("action", 1.0, "integer"),
+        ("time", 0.5, "integer"),
+        ("reward", 1, "float"),
+        ("xformed_reward", True, "float"),
+    ],
+)
+def test_records_of_wrong_type(name, value, kind):
+    records = two_episodes()
+    records[name] = torch.full(records.shape, value)
+    with pytest.raises(TypeError, match=f"entry '{name}' must be of {kind} type, got torch"):
+        from_mouse_records(records)
+
+
+@pytest.mark.parametrize("name", ["action", "reward", "done", "time", "xformed_reward"])
+def test_records_of_wrong_shape(name):
+    records = two_episodes()
+    value = records.get(name, torch.zeros(records.shape))
+    records[name] = value.unsqueeze(-1)
+    with pytest.raises(ValueError, match=rf"{name} must have the records' shape \(1, 5\), got \(1, 5, 1\)"):
+        from_mouse_records(records)
+
+
+def test_records_with_a_negative_action():
+    records = two_episodes()
+    records["action"][0, 3] = -1
+    with pytest.raises(ValueError, match="action must be at least 0, got -1"):
+        from_mouse_records(records)

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import pickle
+import re
 
 import datasets
 import numpy as np
@@ -760,6 +761,99 @@ class TestErrors:
             store.extend(batch[:, 2:])
         store.extend(batch[:1, 2:])  # nothing of the refused batch was kept
         assert len(store) == 5
+
+    @pytest.mark.parametrize("begin", [5, 20], ids=["repeated", "missing"])
+    def test_batches_that_do_not_join(self, begin):
+        batch, tasks = collect([30], rows=2)
+        store = make_store()
+        store.extend(batch[:, :8])
+        store.extend(batch[:, 8:10])
+        with pytest.raises(ValueError, match=rf"stream {10**15 - 1}: a batch is missing or repeated\. Give"):
+            store.extend(batch[1:, begin:])
+        store.extend(batch[:, 10:])  # nothing of the refused batch was kept
+        for steps, (_, records) in zip(tasks_of(store), tasks, strict=True):
+            assert_task(steps, records)
+
+    def test_batches_that_do_not_join_after_others_of_the_stream(self):
+        batch, _ = collect([4, 9], rows=2)
+        store = make_store()
+        store.extend(batch[:, :7])
+        other = make_store()
+        other.load_state_dict(store.state_dict())
+        for one in (store, other):
+            with pytest.raises(ValueError, match=f"stream {10**15 - 1}: a batch is missing or repeated"):
+                one.extend(batch[1:, 8:])
+            one.extend(batch[:, 7:])
+            assert one.num_tasks == 4
+
+    @pytest.mark.parametrize(
+        "key",
+        ["observation", "episode_step", ("previous", "action"), ("previous", "reward"), ("previous", "terminated")],
+        ids=str,
+    )
+    def test_steps_of_one_batch_that_do_not_join(self, key):
+        batch, _ = collect([6], rows=2)
+        batch[key][1, 3] = ~batch[key][1, 3] if batch[key].dtype == torch.bool else (batch[key][1, 3] + 1) % ACTIONS
+        with pytest.raises(ValueError, match=f"stream {10**15 - 1}: a batch is missing or repeated"):
+            make_store().extend(batch)
+
+    @pytest.mark.parametrize(
+        ("key", "change", "error", "message"),
+        [
+            (("next", "done"), torch.Tensor.float, TypeError, "hold booleans, got torch.float32"),
+            (("previous", "terminated"), torch.Tensor.float, TypeError, "hold booleans, got torch.float32"),
+            (("next", "previous", "truncated"), torch.Tensor.int, TypeError, "hold booleans, got torch.int32"),
+            ("is_init", torch.Tensor.int, TypeError, "hold booleans, got torch.int32"),
+            ("stream", torch.Tensor.float, TypeError, "hold integers, got torch.float32"),
+            ("episode_step", torch.Tensor.float, TypeError, "hold integers, got torch.float32"),
+            (("previous", "action"), torch.Tensor.float, TypeError, "hold integer ids, got torch.float32"),
+            (("previous", "reward"), lambda _: "x", TypeError, "hold numbers, got NonTensor"),
+            (("previous", "reward"), lambda value: torch.cat([value, value], -1), ValueError, "hold one value a step"),
+        ],
+        ids=str,
+    )
+    def test_wrong_entry(self, key, change, error, message):
+        batch, _ = collect([4], rows=2)
+        batch[key] = change(batch[key])
+        store = make_store()
+        with pytest.raises(error, match=rf"entry {re.escape(repr(key))} must {message}"):
+            store.extend(batch)
+        assert not store._unfinished.waiting
+
+    def test_negative_episode_step(self):
+        batch, _ = collect([4], rows=2)
+        with pytest.raises(ValueError, match="extend: column 'episode_step' must be at least 0, got -1"):
+            make_store().extend(batch.set("episode_step", batch["episode_step"] - 1))
+
+    @pytest.mark.parametrize(
+        ("record", "error", "message"),
+        [
+            ({"reward": "x"}, TypeError, "column 'reward' must hold numbers, got 'x'"),
+            ({"reward": 1j}, TypeError, "column 'reward' must hold numbers, got torch.complex64"),
+            ({"action": 0.0}, TypeError, "column 'action' must hold integers, got torch.float32"),
+            ({"action": [0, 1]}, ValueError, r"column 'action' must hold one value a record, got shape \(2,\)"),
+            ({"done": True}, TypeError, "column 'done' must hold integers, got torch.bool"),
+            ({"episode_step": -1}, ValueError, "column 'episode_step' must be at least 0, got -1"),
+            ({"task": "x"}, TypeError, "column 'task' must hold integers, got 'x'"),
+            ({"task": 1.5}, TypeError, "column 'task' must hold integers, got torch.float32"),
+            ({"observatoin": [0.0]}, KeyError, "columns must be among action, .*, task, got 'observatoin'"),
+        ],
+        ids=str,
+    )
+    def test_wrong_record(self, record, error, message):
+        store = make_store()
+        with pytest.raises(error, match=f"DatasetStore.append: {message}"):
+            store.append({"action": 0, "reward": 0.0, "done": 0, "episode_step": 0, **record})
+        assert not len(store)
+
+    def test_unread_columns_of_a_record_are_skipped(self):
+        store = DatasetStore()
+        store.append({name: value[0] for name, value in make_columns([1]).items()})
+        assert "observation" not in store[0]
+
+    def test_select_takes_a_list(self):
+        with pytest.raises(TypeError, match=r"select: keys must be a list of keys, got 'action'\. Write \['action'\]"):
+            make_store().select("action")
 
     def test_missing_entry(self):
         batch, _ = collect([4], rows=1)

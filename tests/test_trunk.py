@@ -12,7 +12,7 @@ from tensordict import TensorDict
 from torchrl.modules import set_recurrent_mode
 
 from torchrl_mouse import schema
-from torchrl_mouse.modules import StepEmbedder, Trunk
+from torchrl_mouse.modules import CausalBackbone, StepEmbedder, Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -382,10 +382,42 @@ def test_unknown_options(make_trunk):
         make_trunk(overflow="wrap")
     with pytest.raises(ValueError, match=r"on_weight_update must be one of rebuild, keep, got 'drop'"):
         make_trunk(on_weight_update="drop")
-    with pytest.raises(ValueError, match=r"window must be at least 1 step, got 0"):
+    with pytest.raises(ValueError, match=r"window must be at least 1, got 0"):
         make_trunk(window=0)
+    with pytest.raises(ValueError, match=r"max_streams must be at least 1, got 0"):
+        make_trunk(max_streams=0)
+    with pytest.raises(TypeError, match=r"max_streams must be an integer, got 2\.5"):
+        make_trunk(max_streams=2.5)
+    with pytest.raises(TypeError, match=r"window must be an integer, got True"):
+        make_trunk(window=True)
     with pytest.raises(ValueError, match=r"keys must name modalities .*, got \['observation'\]"):
         make_trunk(keys={"observation": "state"})
+
+
+def test_embedder_and_backbone_of_different_width():
+    with pytest.raises(ValueError, match=r"the embedder must have the backbone's hidden_dim=16, got 8"):
+        Trunk(StepEmbedder(8), CausalBackbone(16, num_layers=1, num_heads=2), window=4)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype", "kind"),
+    [
+        (schema.PREVIOUS_TERMINATED, torch.float32, "bool"),
+        (schema.PREVIOUS_TRUNCATED, torch.int64, "bool"),
+        (schema.IS_INIT, torch.uint8, "bool"),
+        (schema.STREAM, torch.float64, "integer"),
+    ],
+    ids=str,
+)
+def test_entries_of_wrong_type(key, dtype, kind, make_trunk, random_steps):
+    steps = random_steps(2, 3)
+    steps[key] = steps[key].to(dtype)
+    match = rf"entry .*{key if isinstance(key, str) else key[-1]}.* must be of {kind} type, got {dtype}"
+    with pytest.raises(TypeError, match=match):
+        make_trunk()(steps[:, 0].clone())
+    if key != schema.STREAM:
+        with set_recurrent_mode(True), pytest.raises(TypeError, match=match):
+            make_trunk()(steps)
 
 
 def test_window_longer_than_the_positions(make_trunk, random_steps):

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import set_recurrent_mode
 from tqdm.auto import tqdm
 
 from torchrl_mouse import schema
+from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -109,7 +112,7 @@ def evaluate(
         raise ValueError(f"evaluate: episodes must be at least 1, got {episodes}.")
     rows = env.batch_size.numel()
     returns = EpisodeReturns(rows, episodes)
-    with set_exploration_type(ExplorationType.RANDOM), torch.no_grad():
+    with set_exploration_type(ExplorationType.RANDOM), set_recurrent_mode(False), torch.no_grad():
         collector = Collector(
             env,
             policy,
@@ -128,6 +131,10 @@ def evaluate(
                         break
         finally:
             collector.shutdown(close_env=False)
+    if isinstance(policy, nn.Module):  # These contexts are of no use to anybody now.
+        for module in policy.modules():
+            if isinstance(module, Trunk):
+                module.forget(batch[schema.STREAM])
     return returns.values
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
@@ -42,6 +42,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "dqn_head_kwargs": (dict, type(None)),
     "sp_head_kwargs": (dict, type(None)),
     "action_head": (str, type(None)),
+    "trunk_kwargs": (dict,),
 }
 
 # Where a weight is in a file (MOUSE's names), and where it is in the model.
@@ -62,6 +63,8 @@ class MouseConfig:
         dqn_head_kwargs: options of the Q-value head; absent when ``None``.
         sp_head_kwargs: options of the policy head; absent when ``None``.
         action_head: the head to act with; by default the first present.
+        trunk_kwargs: further options of :class:`~torchrl_mouse.modules.Trunk` (``keys``, ``overflow``,
+            ``on_weight_update``, ``max_streams``); a nested key in ``keys`` may be a list, as JSON has it.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -82,10 +85,15 @@ class MouseConfig:
     dqn_head_kwargs: dict[str, Any] | None = None
     sp_head_kwargs: dict[str, Any] | None = None
     action_head: str | None = None
+    trunk_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, types in _TYPES.items():
             _check_type(name, getattr(self, name), types)
+        if (keys := self.trunk_kwargs.get("keys")) is not None:
+            _check_type("keys", keys, (dict,))
+            keys = {name: tuple(key) if isinstance(key, list) else key for name, key in keys.items()}
+            object.__setattr__(self, "trunk_kwargs", {**self.trunk_kwargs, "keys": keys})
         if self.backbone is not None and self.backbone not in FAMILIES:
             raise ValueError(
                 f"MouseConfig: backbone must be {', '.join(map(repr, FAMILIES))} or None, got {self.backbone!r}."
@@ -153,7 +161,7 @@ class MouseModel(TensorDictModuleBase):
         backbone = None
         if config.backbone is not None:
             backbone = CausalBackbone(config.hidden_dim, config.backbone, **config.backbone_kwargs)
-        self.trunk = Trunk(embedder, backbone, window=config.window)
+        self.trunk = Trunk(embedder, backbone, window=config.window, **config.trunk_kwargs)
         for name, kwargs in config.heads.items():
             head = HEADS[name](config.hidden_dim, config.embedding_kwargs["max_num_actions"], **kwargs)
             self.add_module(f"{name}_head", head)
@@ -181,26 +189,37 @@ class MouseModel(TensorDictModuleBase):
         return TensorDictModule(getattr(head, "online", head), in_keys=[schema.HIDDEN], out_keys=[name])
 
     def set_target(self, name: str, parameters: TensorDictParams) -> None:
-        """Takes over a loss's target of a head, to be saved with the model.
+        """Copies a loss's target of a head into the model, so that it is in the file, where MOUSE has it.
+
+        The model itself does not use it, and a new loss starts its target from the online head.
 
         Args:
             name: the head's.
-            parameters: the loss's ``target_head_params``.
+            parameters: the ``target_head_params`` of a loss with ``delay_value=True``.
 
         Raises:
             KeyError: the model has no such head, or the head has no target.
+            ValueError: the loss has no target of its own.
 
         Examples:
+            >>> from torchrl.objectives import SoftUpdate
             >>> from torchrl_mouse.objectives import MouseDQNLoss
             >>> config = MouseConfig(hidden_dim=16, embedding_kwargs={"max_num_actions": 3}, dqn_head_kwargs={})
             >>> model = MouseModel(config)
             >>> loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk)
+            >>> updater = SoftUpdate(loss, tau=0.01)  # its `step` follows each of the optimiser's
             >>> model.set_target("dqn", loss.target_head_params)
         """
         self.head(name)  # Refuses a head that the model does not have.
         head = getattr(self, f"{name}_head")
         if not isinstance(head, DQNHead):
             raise KeyError(f"MouseModel: head must be one with a target, got {name!r}.")
+        online = {weight.data_ptr() for weight in head.online.parameters()}
+        if any(weight.data_ptr() in online for weight in parameters.values(True, True)):
+            raise ValueError(
+                "MouseModel: parameters must be a loss's own target, got those of the online head. "
+                "Build the loss with delay_value=True."
+            )
         TensorDict.from_module(head.target).data.update_(parameters.data["module"])
 
     def actor(self, spec: TensorSpec, *, head: str | None = None, temperature: float = 0.0) -> TensorDictSequential:
@@ -213,18 +232,11 @@ class MouseModel(TensorDictModuleBase):
 
         Raises:
             KeyError: the model has no such head.
-            ValueError: the spec has more actions than the head.
+            TypeError: the action space is not discrete.
+            ValueError: the space has another number of actions than the head, or the temperature is negative.
         """
         chosen = head or self.config.action_head or next(iter(self.config.heads), "")
-        num_actions = self.config.embedding_kwargs.get("max_num_actions", 0)
-        module = self.head(chosen)
-        offered = getattr(spec.space, "n", num_actions)
-        if offered != num_actions:
-            raise ValueError(
-                f"MouseModel: the environment must have the model's {num_actions} actions, got {offered}. "
-                "Build the model with max_num_actions set to it."
-            )
-        return make_actor(self.trunk, module, spec, temperature=temperature)
+        return make_actor(self.trunk, self.head(chosen), spec, temperature=temperature)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors``; when that fails, the old files stay."""
@@ -232,8 +244,9 @@ class MouseModel(TensorDictModuleBase):
         directory.mkdir(parents=True, exist_ok=True)
         weights = {_file_name(name): weight.contiguous() for name, weight in self._weights().items()}
         with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-            save_file(weights, Path(temporary, WEIGHTS_FILE))
             text = json.dumps(dataclasses.asdict(self.config), indent=2)
+            # The weights name their configuration: a kill between the two moves below leaves a pair that is refused.
+            save_file(weights, Path(temporary, WEIGHTS_FILE), metadata={"config": text})
             Path(temporary, CONFIG_FILE).write_text(text, encoding="utf-8")
             config = directory / CONFIG_FILE
             old = config.read_bytes() if config.exists() else None
@@ -262,9 +275,17 @@ class MouseModel(TensorDictModuleBase):
         try:
             values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
             weights = load_file(directory / WEIGHTS_FILE)
+            with safe_open(directory / WEIGHTS_FILE, "pt") as file:
+                own = json.loads((file.metadata() or {}).get("config", "null"))
         except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
             raise ValueError(f"MouseModel: the files in {directory} must be readable, got: {error}") from error
-        model = cls(MouseConfig.from_dict(values))
+        config = MouseConfig.from_dict(values)
+        if own not in (None, values):
+            raise ValueError(
+                f"MouseModel: {CONFIG_FILE} in {directory} must be the one that {WEIGHTS_FILE} was saved with, got "
+                "another. A save was interrupted, or the file was changed: save the model again."
+            )
+        model = cls(config)
         model._load(weights)
         return model
 

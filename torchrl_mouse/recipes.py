@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,9 +157,32 @@ def offline_trainer(
         device: where batches are put.
         progress_bar: show one.
 
+    Raises:
+        ValueError: a number of updates or an interval is below 1.
+
     Examples:
-        >>> from torchrl_mouse.recipes import offline_trainer  # see examples/dark_room.py
+        >>> import tempfile
+        >>> from torchrl_mouse.data import DatasetStore, replay_buffer
+        >>> from torchrl_mouse.models import MouseConfig, MouseModel
+        >>> from torchrl_mouse.objectives import MouseDQNLoss
+        >>> store = DatasetStore(max_action_dim=3)
+        >>> for step in range(8):
+        ...     store.append({"action": step % 3, "reward": 1.0, "done": 0, "episode_step": step})
+        >>> heads = {"embedding_kwargs": {"max_num_actions": 3}, "dqn_head_kwargs": {}}
+        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone=None, **heads))
+        >>> loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk, delay_value=False)
+        >>> optimizer = torch.optim.SGD(loss.parameters(), lr=0.01)
+        >>> buffer = replay_buffer(store, window=4, batch_size=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     options = {"updates": 3, "directory": folder, "progress_bar": False}
+        ...     trainer = offline_trainer(loss, buffer, optimizer, **options)
+        ...     run(trainer), run(offline_trainer(loss, buffer, optimizer, **options))  # the second has nothing to do
+        (True, False)
     """
+    counts = {"updates": updates, "log_interval": log_interval, "checkpoint_interval": checkpoint_interval}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"offline_trainer: {name} must be at least 1, got {value}.")
     source = OfflineSource(replay_buffer, device=device)
     trainer = Trainer(
         collector=source,
@@ -183,6 +207,8 @@ def offline_trainer(
     for updater in target_updaters:
         # `TargetNetUpdaterHook.register` would step once per collected batch, not once per update.
         trainer.register_op("post_optim", TargetNetUpdaterHook(updater))
+    if (mark := getattr(getattr(loss, "trunk", None), "mark_weight_update", None)) is not None:
+        trainer.register_op("post_optim", mark)  # Contexts that were cached before are out of date.
     if scheduler is not None:
         LRSchedulerHook(scheduler, interval="optim").register(trainer)
     return trainer
@@ -193,15 +219,19 @@ def run(trainer: Trainer, *, resume: bool = True) -> bool:
 
     Args:
         trainer: from :func:`offline_trainer`.
-        resume: ``False`` begins anew whatever there is.
+        resume: ``False`` begins anew, and removes the checkpoints that are there.
 
     Returns:
         Whether any update was made: ``False`` where the checkpoint was of a finished run.
 
     Examples:
-        >>> from torchrl_mouse.recipes import run  # see examples/dark_room.py
+        See :func:`offline_trainer`.
     """
-    newest = trainer.checkpoint_rotation.latest() if resume else None
+    rotation = trainer.checkpoint_rotation
+    if not resume:
+        # The rotation keeps the furthest checkpoints: old ones would outlive those of a run that begins anew.
+        shutil.rmtree(rotation.directory, ignore_errors=True)
+    newest = rotation.latest()
     if newest is not None:
         trainer.load_from_file(newest)
     if trainer.collected_frames >= trainer.total_frames:

@@ -8,7 +8,7 @@ holds the reward, the ends of the **task**, and the next frame. An episode end i
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -77,12 +77,16 @@ def is_terminal_frame(
     Returns:
         bool ``[*]``, true where the previous transition ended an episode.
 
+    Raises:
+        KeyError: an entry is missing.
+        TypeError: an entry is not boolean.
+
     Examples:
         >>> previous = {"terminated": torch.tensor([[False], [True]]), "truncated": torch.zeros(2, 1, dtype=torch.bool)}
         >>> is_terminal_frame(TensorDict({"previous": previous}, [2])).tolist()
         [False, True]
     """
-    return (require(steps, terminated) | require(steps, truncated)).squeeze(-1)
+    return (require(steps, terminated, "bool") | require(steps, truncated, "bool")).squeeze(-1)
 
 
 def decision_mask(
@@ -101,6 +105,10 @@ def decision_mask(
     Returns:
         bool ``[*]``.
 
+    Raises:
+        KeyError: an entry is missing.
+        TypeError: an entry is not boolean.
+
     Examples:
         >>> flags = torch.tensor([[False], [True], [False]])
         >>> steps = TensorDict({"previous": {"terminated": flags, "truncated": flags}}, [3])
@@ -109,15 +117,24 @@ def decision_mask(
         [True, False, False]
     """
     decision = ~is_terminal_frame(steps, terminated=terminated, truncated=truncated)
-    mask = steps.get(MASK, None)
-    return decision if mask is None else decision & mask.reshape(decision.shape)
+    if steps.get(MASK, None) is None:
+        return decision
+    return decision & require(steps, MASK, "bool").reshape(decision.shape)
 
 
-def require(steps: TensorDictBase, key: NestedKey) -> torch.Tensor:
+def require(
+    steps: TensorDictBase, key: NestedKey, kind: Literal["bool", "integer", "float"] | None = None
+) -> torch.Tensor:
     """Returns an entry, or says what is missing and what there is.
+
+    Args:
+        steps: where the entry should be.
+        key: the entry's key.
+        kind: what its type must be, of any precision; any by default.
 
     Raises:
         KeyError: the entry is absent.
+        TypeError: its type is of another kind.
 
     Examples:
         >>> require(TensorDict({"action": torch.tensor([1, 2])}, [2]), "action").tolist()
@@ -127,7 +144,15 @@ def require(steps: TensorDictBase, key: NestedKey) -> torch.Tensor:
     if value is None:
         present = sorted(map(str, steps.keys(include_nested=True, leaves_only=True)))
         raise KeyError(f"steps: entry {key!r} must be present, got only {', '.join(present) or 'no entry'}.")
+    if kind is not None and _kind(value.dtype) != kind:
+        raise TypeError(f"steps: entry {key!r} must be of {kind} type, got {value.dtype}. Convert it where it is made.")
     return value
+
+
+def _kind(dtype: torch.dtype) -> str:
+    if dtype == torch.bool:
+        return "bool"
+    return "float" if dtype.is_floating_point else "complex" if dtype.is_complex else "integer"
 
 
 def to_ids(value: torch.Tensor, num: int, batch_ndim: int, key: NestedKey) -> torch.Tensor:
@@ -214,7 +239,9 @@ def from_mouse_records(records: TensorDictBase) -> TensorDict:
 
     Raises:
         KeyError: an entry is missing.
-        ValueError: the batch has no time dimension, or a done code is none of the three.
+        TypeError: an entry's type is of another kind.
+        ValueError: the batch has no time dimension, an entry another shape, a done code is none of the three, or an
+            action is negative.
 
     Examples:
         >>> records = {"action": [[0, 3]], "reward": [[0.0, 1.0]], "done": [[0, 1]], "time": [[0, 1]]}
@@ -227,25 +254,28 @@ def from_mouse_records(records: TensorDictBase) -> TensorDict:
     """
     if records.ndim < 1 or records.shape[-1] < 1:
         raise ValueError(f"from_mouse_records: records must be [*, S] with S >= 1, got {tuple(records.shape)}.")
-    done = require(records, "done")
+    done, action, time = (_column(records, name, "integer") for name in ("done", "action", "time"))
+    reward = _column(records, "reward", "float").unsqueeze(-1)
     invalid = (done < RUNNING) | (done > TRUNCATED)
     if invalid.any():
         raise ValueError(f"from_mouse_records: done must be 0, 1 or 2, got {int(done[invalid][0])}.")
-    action, reward = require(records, "action"), require(records, "reward").unsqueeze(-1)
+    if (action < 0).any():
+        raise ValueError(f"from_mouse_records: action must be at least 0, got {int(action.min())}.")
     frame = TensorDict(
         {
             PREVIOUS_ACTION: action,
             PREVIOUS_REWARD: reward,
             PREVIOUS_TERMINATED: (done == TERMINATED).unsqueeze(-1),
             PREVIOUS_TRUNCATED: (done == TRUNCATED).unsqueeze(-1),
-            EPISODE_STEP: require(records, "time").unsqueeze(-1),
+            EPISODE_STEP: time.unsqueeze(-1),
         },
         records.shape,
         device=records.device,
     )
     for theirs, ours in _RECORD_ENTRIES.items():
         if (entry := records.get(theirs, None)) is not None:
-            frame[ours] = entry.unsqueeze(-1) if ours == PREVIOUS_XFORMED_REWARD else entry
+            is_reward = ours == PREVIOUS_XFORMED_REWARD
+            frame[ours] = _column(records, theirs, "float").unsqueeze(-1) if is_reward else entry
     follows = torch.arange(1, records.shape[-1] + 1, device=records.device).clamp(max=records.shape[-1] - 1)
     mask = torch.ones(records.shape, dtype=torch.bool, device=records.device)
     mask[..., -1] = False
@@ -271,6 +301,15 @@ def from_mouse_records(records: TensorDictBase) -> TensorDict:
         following[end] = torch.zeros_like(steps[IS_INIT])
     steps["next"] = following
     return steps
+
+
+def _column(records: TensorDictBase, name: str, kind: Literal["integer", "float"]) -> torch.Tensor:
+    value = require(records, name, kind)
+    if value.shape != records.shape:
+        raise ValueError(
+            f"from_mouse_records: {name} must have the records' shape {tuple(records.shape)}, got {tuple(value.shape)}."
+        )
+    return value
 
 
 def to_mouse_records(steps: TensorDictBase) -> TensorDict:

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tensordict.utils import unravel_key
 
 from torchrl_mouse import schema
-from torchrl_mouse.data.columns import Records, concatenate, take
+from torchrl_mouse.data.columns import Kind, Records, concatenate, holds, take
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tensordict import TensorDictBase
     from tensordict.utils import NestedKey
 
@@ -21,43 +24,88 @@ _WHERE = "DatasetStore.extend"
 class TaskAssembler:
     """Sorts collected steps by stream and gives each task back in one piece when it ends.
 
-    It works in two steps, so that a batch can be refused before anything has changed: :meth:`read` turns steps into a
-    table of records with the flags that say how they hang together, :meth:`add` takes the table in.
+    It works in steps, so that a batch can be refused before anything has changed: :meth:`read` turns steps into a table
+    of frames with the flags that say how they hang together, :meth:`check_joins` looks whether they do, :meth:`add`
+    takes the table in.
 
     Examples:
         >>> assembler = TaskAssembler()
         >>> assembler.open
-        set()
+        tensor([], dtype=torch.int64)
     """
 
     def __init__(self) -> None:
         self.waiting: list[Records] = []
-        self.open: set[int] = set()
+        self._latest: Records = {}  # the last frame of each open stream, where its next step has to begin
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the records that wait for their task's end."""
         return record_columns(self.waiting[0]) if self.waiting else ()
 
+    @property
+    def open(self) -> torch.Tensor:
+        """The streams whose task goes on, int64, increasing."""
+        return self._latest["stream"] if self._latest else torch.zeros(0, dtype=torch.int64)
+
+    def read(self, steps: TensorDictBase) -> Records:
+        """Turns a batch into frames sorted by stream, each step's root followed by its ``next`` frame (a tail)."""
+        if not steps.numel() or not steps.ndim:
+            raise ValueError(f"{_WHERE}: steps must have a batch dimension and rows, got shape {tuple(steps.shape)}.")
+        stream = _scalars(steps, schema.STREAM, "integers")
+        order = _by_stream(stream)
+        stream = stream[order]
+        first = _scalars(steps, schema.IS_INIT, "booleans")[order]
+        done = _scalars(steps, ("next", "done"), "booleans")[order]
+        no, yes = torch.zeros_like(done), torch.ones_like(done)
+        enters = torch.cat([yes[:1], stream[1:] != stream[:-1]])  # the stream's first row in this batch
+        after_end = torch.cat([no[:1], done[:-1]]) & ~enters
+        lost = (after_end | enters & ~torch.isin(stream, self.open)) & ~first
+        if lost.any():
+            row = int(lost.nonzero()[0])
+            raise ValueError(
+                f"{_WHERE}: a row must start its task (is_init) or go on with one, got stream {int(stream[row])} in "
+                f"the middle of a task at row {int(order[row])}. Reset the environment, or give all its batches."
+            )
+        roots, tails = _frame_records(steps, (), order), _frame_records(steps, ("next",), order)
+        if "metadata_q_star" in roots and "metadata_q_star" not in tails:
+            tails["metadata_q_star"] = torch.full((len(order), 1), -torch.inf)
+        roots.update(stream=stream, first=first, tail=no, ends=no)
+        tails.update(stream=stream, first=no, tail=yes, ends=done)
+        return take(concatenate([roots, tails]), torch.arange(2 * len(order)).reshape(2, -1).T.flatten())
+
+    def check_joins(self, table: Records) -> None:
+        """Raises where a stream's next root is not the frame that its last step led to."""
+        table = _sorted([self._latest, table] if self._latest else [table])
+        joins, breaks = _repeats(table)[:-1], torch.zeros(len(table["stream"]) - 1, dtype=torch.bool)
+        for name in record_columns(table):
+            if name != "metadata_q_star":  # which a tail may lack
+                differs = (table[name][1:] - table[name][:-1]).abs() > 0
+                breaks |= joins & differs.reshape(len(joins), -1).any(-1)
+        if breaks.any():
+            stream = int(table["stream"][:-1][breaks][0])
+            raise ValueError(
+                f"{_WHERE}: a stream's step must begin with the frame that its last step led to, got another one in "
+                f"stream {stream}: a batch is missing or repeated. Give every batch once, in the order of time."
+            )
+
     def add(self, table: Records) -> tuple[Records, torch.Tensor] | None:
         """Takes a table in; returns the records of the tasks that it ends, and where each begins, if any."""
         stream, root = table["stream"], ~table["tail"]
-        known = torch.isin(stream, torch.tensor(sorted(self.open), dtype=torch.int64))
+        known = torch.isin(stream, self.open)
         enters = torch.cat([torch.tensor([True]), stream[1:] != stream[:-1]])
-        self.waiting.append(table)
+        self._latest = _last_frames([self._latest, table] if self._latest else [table])
+        self.waiting.append(take(table, ~_repeats(table)))
         if not bool(table["ends"].any() or (root & table["first"] & (known | ~enters)).any()):
-            self.open.update(_distinct(stream))
             return None
-        table = concatenate(self.waiting)
-        table = take(table, _by_stream(table["stream"]))
+        table = _sorted(self.waiting)
+        table = take(table, ~_repeats(table))
         goes_on = torch.cat([table["stream"][1:] == table["stream"][:-1], torch.tensor([False])])
         starts_next = torch.cat([table["first"][1:], torch.tensor([True])])
-        # The last frame of an earlier batch comes again as the root of the next one: the root is the record.
-        again = table["tail"] & ~table["ends"] & goes_on & ~starts_next
         finished = (table["ends"] | goes_on)[starts_next]
         finished = finished[table["first"].cumsum(0) - 1]
-        done, rest = take(table, finished & ~again), take(table, ~finished & ~again)
-        self.restore(rest)
+        done = take(table, finished)
+        self.restore(take(table, ~finished))
         return {name: done[name] for name in record_columns(done)}, done["first"].nonzero().squeeze(-1)
 
     def state(self) -> Records:
@@ -67,38 +115,7 @@ class TaskAssembler:
     def restore(self, table: Records) -> None:
         """Makes a table the only one that waits."""
         self.waiting = [dict(table)] if table and len(table["stream"]) else []
-        self.open = _distinct(table["stream"]) if self.waiting else set()
-
-    def read(self, steps: TensorDictBase) -> Records:
-        """Turns a batch into records sorted by stream, each run followed by its last ``next`` frame (its tail)."""
-        if not steps.numel() or not steps.ndim:
-            raise ValueError(f"{_WHERE}: steps must have a batch dimension and rows, got shape {tuple(steps.shape)}.")
-        flat = {key: schema.require(steps, key).detach().cpu().reshape(-1) for key in (schema.STREAM, schema.IS_INIT)}
-        done = schema.require(steps, ("next", "done")).detach().cpu().reshape(-1)
-        order = _by_stream(flat[schema.STREAM])
-        stream, first, done = flat[schema.STREAM][order], flat[schema.IS_INIT][order], done[order]
-        changes = stream[1:] != stream[:-1]
-        true = torch.tensor([True])
-        enters = torch.cat([true, changes])  # the stream's first row in this batch
-        known = torch.isin(stream, torch.tensor(sorted(self.open), dtype=torch.int64))
-        after_end = torch.cat([~true, done[:-1]]) & ~enters
-        lost = (after_end | enters & ~known) & ~first
-        if lost.any():
-            row = int(lost.nonzero()[0])
-            raise ValueError(
-                f"{_WHERE}: a row must start its task (is_init) or go on with one, got stream {int(stream[row])} in "
-                f"the middle of a task at row {int(order[row])}. Reset the environment, or give all its batches."
-            )
-        tail = (done | torch.cat([changes | first[1:], true])).nonzero().squeeze(-1)
-        roots = _frame_records(steps, order)
-        tails = _frame_records(steps.get("next"), order[tail])
-        if "metadata_q_star" in roots and "metadata_q_star" not in tails:
-            tails["metadata_q_star"] = torch.full((len(tail), 1), -torch.inf)
-        no, yes = torch.zeros(len(order), dtype=torch.bool), torch.ones(len(tail), dtype=torch.bool)
-        roots.update(stream=stream, first=first, tail=no, ends=no)
-        tails.update(stream=stream[tail], first=~yes, tail=yes, ends=done[tail])
-        position = torch.cat([torch.arange(len(order)) * 2, tail * 2 + 1]).argsort()
-        return take(concatenate([roots, tails]), position)
+        self._latest = _last_frames(self.waiting) if self.waiting else {}
 
 
 def record_columns(table: Records) -> tuple[str, ...]:
@@ -106,29 +123,53 @@ def record_columns(table: Records) -> tuple[str, ...]:
     return tuple(name for name in table if name not in _FLAGS)
 
 
-def _frame_records(frames: TensorDictBase, rows: torch.Tensor) -> Records:
-    def flat(key: NestedKey) -> torch.Tensor:
-        return schema.require(frames, key).detach().cpu().flatten(0, frames.ndim - 1)[rows]
+def _values(steps: TensorDictBase, key: NestedKey, kind: Kind) -> torch.Tensor:
+    """Reads an entry as ``[rows, ...]``."""
+    value = schema.require(steps, key)
+    if not isinstance(value, torch.Tensor) or not holds(value, kind):
+        got = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"{_WHERE}: entry {key!r} must hold {kind}, got {got}. Convert it.")
+    return value.detach().cpu().flatten(0, steps.ndim - 1)
+
+
+def _scalars(steps: TensorDictBase, key: NestedKey, kind: Kind) -> torch.Tensor:
+    """Reads an entry as ``[rows]``."""
+    value = _values(steps, key, kind)
+    if value.numel() != len(value):
+        shape = tuple(value.shape[1:])
+        raise ValueError(f"{_WHERE}: entry {key!r} must hold one value a step, got trailing shape {shape}. Reshape it.")
+    return value.reshape(-1)
+
+
+def _frame_records(steps: TensorDictBase, at: tuple[str, ...], rows: torch.Tensor) -> Records:
+    """Reads the frames at the root (``at=()``) or under ``("next",)`` as records."""
+    present = steps.keys(include_nested=True)
+
+    def path(key: NestedKey) -> NestedKey:
+        return unravel_key((*at, key))
+
+    def number(key: NestedKey) -> torch.Tensor:
+        return _scalars(steps, path(key), "numbers")[rows].float()
 
     def ids(key: NestedKey) -> torch.Tensor:
-        value = flat(key)
-        return schema.to_ids(value, value.shape[-1] if value.ndim > 1 else 1, 1, key)
+        value = _values(steps, path(key), "numbers")[rows]
+        return schema.to_ids(value, value.shape[-1] if value.ndim > 1 else 1, 1, path(key))
 
+    ends = (_scalars(steps, path(key), "booleans") for key in (schema.PREVIOUS_TERMINATED, schema.PREVIOUS_TRUNCATED))
     records = {
         "action": ids(schema.PREVIOUS_ACTION),
-        "reward": flat(schema.PREVIOUS_REWARD).float().reshape(-1),
-        "done": schema.done_code(flat(schema.PREVIOUS_TERMINATED), flat(schema.PREVIOUS_TRUNCATED)).reshape(-1),
-        "episode_step": flat(schema.EPISODE_STEP).long().reshape(-1),
+        "reward": number(schema.PREVIOUS_REWARD),
+        "done": schema.done_code(*ends)[rows],
+        "episode_step": _scalars(steps, path(schema.EPISODE_STEP), "integers")[rows].long(),
     }
-    present = frames.keys(include_nested=True)
-    if schema.PREVIOUS_XFORMED_REWARD in present:
-        records["xformed_reward"] = flat(schema.PREVIOUS_XFORMED_REWARD).float().reshape(-1)
-    if schema.OBSERVATION_DISCRETE in present:
+    if path(schema.PREVIOUS_XFORMED_REWARD) in present:
+        records["xformed_reward"] = number(schema.PREVIOUS_XFORMED_REWARD)
+    if path(schema.OBSERVATION_DISCRETE) in present:
         records["observation_discrete"] = ids(schema.OBSERVATION_DISCRETE)
-    if schema.OBSERVATION in present:
-        records["observation"] = flat(schema.OBSERVATION).float()
-    if schema.Q_STAR in present:
-        records["metadata_q_star"] = flat(schema.Q_STAR).float()
+    if path(schema.OBSERVATION) in present:
+        records["observation"] = _values(steps, path(schema.OBSERVATION), "numbers")[rows].float()
+    if path(schema.Q_STAR) in present:
+        records["metadata_q_star"] = _values(steps, path(schema.Q_STAR), "numbers")[rows].float()
     return records
 
 
@@ -138,5 +179,21 @@ def _by_stream(stream: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(seen[inverse]).argsort(stable=True)
 
 
-def _distinct(stream: torch.Tensor) -> set[int]:
-    return set(np.unique(stream.numpy()).tolist())
+def _sorted(tables: Sequence[Records]) -> Records:
+    """Joins tables and sorts them by stream, in time order within each."""
+    table = concatenate(tables)
+    return take(table, _by_stream(table["stream"]))
+
+
+def _repeats(table: Records) -> torch.Tensor:
+    """Marks the tails that come again as the root of the stream's next step: that root is the record."""
+    follows = (table["stream"][1:] == table["stream"][:-1]) & ~table["tail"][1:] & ~table["first"][1:]
+    return table["tail"] & ~table["ends"] & torch.cat([follows, torch.tensor([False])])
+
+
+def _last_frames(tables: Sequence[Records]) -> Records:
+    """The last frame of each stream, sorted by stream."""
+    table = concatenate(tables)
+    order = table["stream"].argsort(stable=True)
+    stream = table["stream"][order]
+    return take(table, order[torch.cat([stream[1:] != stream[:-1], torch.tensor([True])])])

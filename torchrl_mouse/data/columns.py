@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import torch
 
+Kind = Literal["booleans", "integers", "numbers"]
 Records = dict[str, torch.Tensor]
 """Column name -> values ``[rows]``, or ``[rows, width]`` for the columns that hold lists."""
 
@@ -16,6 +17,8 @@ INTEGER_COLUMNS = ("action", "done", "episode_step", "observation_discrete")
 PADDING = {"observation": 0.0, "metadata_q_star": -torch.inf}
 """The columns that hold lists, and what fills the shorter rows."""
 COLUMNS = (*REQUIRED_COLUMNS, "xformed_reward", "observation_discrete", *PADDING)
+TASK = "task"
+"""The column that tells tasks apart on disk; a store keeps their bounds instead."""
 UNLIMITED = torch.iinfo(torch.int64).max
 
 
@@ -64,20 +67,13 @@ class Columns:
 
     def from_record(self, record: Mapping[str, Any], where: str) -> Records:
         """Turns one record's values into columns of one row."""
+        if unknown := set(record).difference((*COLUMNS, TASK)):
+            known, got = ", ".join((*COLUMNS, TASK)), ", ".join(sorted(map(repr, unknown)))
+            raise KeyError(f"{where}: columns must be among {known}, got {got}. Correct the name, or leave it out.")
         for name in REQUIRED_COLUMNS:
             if name not in record:
                 raise KeyError(f"{where}: column {name!r} must be present, got only {', '.join(record)}. Add it.")
-        records = {}
-        for name in self.readable:
-            if record.get(name) is not None:
-                value = torch.as_tensor(record[name])
-                if name in INTEGER_COLUMNS and (value.is_floating_point() or value.dtype == torch.bool):
-                    raise TypeError(
-                        f"{where}: column {name!r} must hold integers, got {value.dtype}. Convert it to int."
-                    )
-                value = value.long() if name in INTEGER_COLUMNS else value.float()
-                records[name] = value.reshape(1, -1) if name in PADDING else value.reshape(1)
-        return records
+        return {name: one_row(name, record[name], where) for name in self.readable if record.get(name) is not None}
 
     def features(self, names: Iterable[str], widths: Mapping[str, int]) -> datasets.Features:
         """The types on disk, with the task column; lists have one length, at most the store's."""
@@ -124,6 +120,33 @@ class Columns:
                 f"{where}: column {name!r} must have at most max_action_dim={self.widths[name]} values a row, got "
                 f"{width}. Raise max_action_dim."
             )
+
+
+def holds(value: torch.Tensor, kind: Kind) -> bool:
+    """Says whether a tensor's dtype can hold a kind of values without losing any; numbers may be of any real dtype."""
+    if kind == "booleans":
+        return value.dtype == torch.bool
+    return not value.is_complex() and (
+        kind == "numbers" or not (value.is_floating_point() or value.dtype == torch.bool)
+    )
+
+
+def one_row(name: str, given: Any, where: str) -> torch.Tensor:
+    """Turns one value of a record into a column of one row."""
+    kind: Kind = "integers" if name in (*INTEGER_COLUMNS, TASK) else "numbers"
+    try:
+        value = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{where}: column {name!r} must hold {kind}, got {given!r}. Convert it.") from error
+    if not holds(value, kind):
+        raise TypeError(f"{where}: column {name!r} must hold {kind}, got {value.dtype}. Convert it.")
+    if name not in PADDING and value.numel() != 1:
+        shape = tuple(value.shape)
+        raise ValueError(
+            f"{where}: column {name!r} must hold one value a record, got shape {shape}. Append one by one."
+        )
+    value = value.long() if kind == "integers" else value.float()
+    return value.reshape(1, -1) if name in PADDING else value.reshape(1)
 
 
 def fit(value: torch.Tensor, width: int, padding: float) -> torch.Tensor:

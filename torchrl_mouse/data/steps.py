@@ -52,6 +52,8 @@ def selection(keys: Iterable[NestedKey] | None) -> tuple[set[NestedKey], set[str
         >>> sorted(selection([("next", "previous", "reward"), "value"])[1])
         ['reward']
     """
+    if isinstance(keys, str):
+        raise TypeError(f"DatasetStore.select: keys must be a list of keys, got {keys!r}. Write [{keys!r}].")
     layout = {**_ROOT, **_FOLLOWING}
     asked = {schema.MASK, *(layout if keys is None else map(unravel_key, keys))}
     wanted = {key for key in layout if key in asked or (isinstance(key, tuple) and asked & {key[0], key[:2]})}

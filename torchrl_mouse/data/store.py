@@ -15,7 +15,7 @@ from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 from torchrl.data.replay_buffers.storages import Storage
 
 from torchrl_mouse.data.collected import TaskAssembler, record_columns
-from torchrl_mouse.data.columns import COLUMNS, PADDING, UNLIMITED, Columns, Records
+from torchrl_mouse.data.columns import COLUMNS, PADDING, TASK, UNLIMITED, Columns, Records, one_row
 from torchrl_mouse.data.rows import CHUNK, ArrowRows, TensorRows, dataset_parts, load_rows, read_columns, to_arrow
 from torchrl_mouse.data.steps import selection, to_steps
 
@@ -102,6 +102,9 @@ class DatasetStore(Storage):
 
         Returns:
             The store itself.
+
+        Raises:
+            TypeError: a plain string instead of a list.
 
         Examples:
             >>> rows = {"action": [0, 3], "reward": [0.0, 1.0], "done": [0, 1], "episode_step": [0, 1]}
@@ -250,8 +253,9 @@ class DatasetStore(Storage):
                 appended record's. Without it, records go on with the task that ``append`` began.
 
         Raises:
-            KeyError: a column is missing.
-            ValueError: NaN, or a value out of range.
+            KeyError: a column is missing or unknown.
+            TypeError: a value of the wrong type.
+            ValueError: NaN, a value out of range, or several values in one.
 
         Examples:
             >>> store = DatasetStore()
@@ -264,7 +268,7 @@ class DatasetStore(Storage):
         records = self._columns.from_record(record, where)
         self._check_names(tuple(records), where)
         self._columns.check_values(records, where, len(self))
-        task = int(record.get("task", self._appended_task[0] if self._appended_task else 0))
+        task = int(one_row(TASK, record[TASK], where)) if TASK in record else next(iter(self._appended_task), 0)
         starts = [] if self._appended_task == [task] else [0]
         self._add_records(records, torch.tensor(starts, dtype=torch.int64))
         self._appended_task = [task]
@@ -283,8 +287,9 @@ class DatasetStore(Storage):
 
         Raises:
             KeyError: an entry is missing.
-            ValueError: NaN, a value out of range, or a row that begins in the middle of an unknown task. Nothing is
-                stored then.
+            TypeError: an entry of the wrong dtype.
+            ValueError: NaN, a value out of range, a row that begins in the middle of an unknown task, or one that does
+                not go on where its stream's last step ended. Nothing is stored then.
 
         Examples:
             >>> def frame(time, reward, done):
@@ -305,6 +310,7 @@ class DatasetStore(Storage):
         records = {name: table[name] for name in record_columns(table)}
         self._check_names(tuple(records), where)
         self._columns.check_values(records, where)
+        self._unfinished.check_joins(table)
         finished = self._unfinished.add(table)
         if finished is not None:
             self._add_records(*finished)

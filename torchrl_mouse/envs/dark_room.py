@@ -51,7 +51,8 @@ class DarkRoomEnv(EnvBase):
         device: where it runs.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range; in ``step``, an action is. On an accelerator actions are not looked at:
+            reading them would make it wait.
 
     Examples:
         >>> env = DarkRoomEnv([40, 0], start=1, teacher=True)
@@ -86,13 +87,16 @@ class DarkRoomEnv(EnvBase):
         seed: int | None = None,
         device: torch.device | str | None = "cpu",
     ) -> None:
-        goals = torch.as_tensor(goals, dtype=torch.int64, device=device)
+        goals = torch.as_tensor(goals, device=device)
         cells = size * size
         start = (size // 2) * (size + 1) if start is None else start
-        if goals.ndim != 1 or not len(goals) or goals.min() < 0 or goals.max() >= cells:
+        integers = not (goals.is_floating_point() or goals.dtype == torch.bool)
+        if goals.ndim != 1 or not len(goals) or not integers or goals.min() < 0 or goals.max() >= cells:
             raise ValueError(
-                f"DarkRoomEnv: goals must be cell ids [G] in [0, {cells}), got {goals.tolist()}. Drop the others."
+                f"DarkRoomEnv: goals must be integer cell ids [G] in [0, {cells}), got {goals.tolist()}. "
+                "Drop the others."
             )
+        goals = goals.long()
         for name, value, valid, rule in (
             ("size", size, size >= 2, "be at least 2"),
             ("start", start, 0 <= start < cells, f"lie in [0, {cells})"),
@@ -187,7 +191,13 @@ class DarkRoomEnv(EnvBase):
         return self._frame()
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        cell, steps = self._next_cell[self._cell, tensordict.get(schema.ACTION)], self._steps + 1
+        action = tensordict.get(schema.ACTION)
+        if action.device.type == "cpu" and action.numel():
+            low, high = (int(bound) for bound in action.aminmax())
+            if low < 0 or high >= len(_MOVES):
+                got = low if low < 0 else high
+                raise ValueError(f"DarkRoomEnv: action must lie in [0, {len(_MOVES)}), got {got}. Fix the policy.")
+        cell, steps = self._next_cell[self._cell, action], self._steps + 1
         if (mask := tensordict.get("_step", None)) is not None:
             mask = mask.reshape(self.batch_size)
             cell, steps = torch.where(mask, cell, self._cell), torch.where(mask, steps, self._steps)

@@ -12,6 +12,7 @@ from torchrl.data import OneHot as OneHotSpec
 from torchrl.data import TensorSpec
 from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueModule
 
+from torchrl_mouse.modules.heads import DQNHead, SwiGLUHead
 from torchrl_mouse.schema import ACTION
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def make_actor(
 
     Args:
         trunk: writes ``hidden``.
-        head: reads ``hidden`` and writes scores ``[*, A]``.
+        head: reads ``hidden`` and writes scores ``[*, A]``; ``A`` is compared with the space where it wraps a
+            :class:`SwiGLUHead` or :class:`DQNHead`.
         spec: the action spec of one environment row (``env.action_spec_unbatched``), ``OneHot`` or ``Categorical``.
         temperature: 0 takes the best action (a ``QValueModule``, which also writes ``chosen_action_value``); above it,
             actions are drawn from ``softmax(scores / temperature)`` (a ``ProbabilisticActor``: the best action where
@@ -53,7 +55,7 @@ def make_actor(
 
     Raises:
         TypeError: the action space is not discrete.
-        ValueError: a negative temperature, or another number of actions than the head's.
+        ValueError: a negative temperature or none at all (NaN), or another number of actions than the head's.
 
     Examples:
         >>> from torchrl_mouse.models import MouseConfig, MouseModel
@@ -64,7 +66,14 @@ def make_actor(
     """
     if type(spec) not in (CategoricalSpec, OneHotSpec):  # TorchRL's spaces of several choices are their subclasses
         raise TypeError(f"make_actor: the action spec must be Categorical or OneHot, got {type(spec).__name__}.")
-    if temperature < 0:
+    module = getattr(head, "module", None)
+    module = module.online if isinstance(module, DQNHead) else module
+    if isinstance(module, SwiGLUHead) and module.out_dim != spec.space.n:
+        raise ValueError(
+            f"make_actor: the action space must have the head's {module.out_dim} actions, got {spec.space.n}. "
+            "Build the model with max_num_actions set to it."
+        )
+    if not temperature >= 0:
         raise ValueError(f"make_actor: temperature must be at least 0, got {temperature}.")
     scores = head.out_keys[0]
     if temperature == 0:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers import Cache, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3Model
 
+from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.kv_cache import KeyValues
 
 BackboneKind = Literal["llama", "qwen3"]
@@ -62,14 +65,16 @@ class CausalBackbone(nn.Module):
         kind: decoder family.
         num_layers: number of decoder layers.
         num_heads: number of attention heads.
-        num_key_value_heads: number of key and value heads; all heads by default.
+        num_key_value_heads: number of key and value heads, a divisor of ``num_heads``; all heads by default.
+        head_dim: size of one head, even (positions turn pairs of numbers); ``D / num_heads`` by default.
         max_position_embeddings: largest number of tokens in a context; 4096 for Llama, 32768 for Qwen3.
         expand: width of the feed-forward layer in multiples of ``D``; 4 for Llama, 3 for Qwen3.
         intermediate_size: the same width outright; overrides ``expand``.
         kwargs: further options of the `transformers` configuration (``rope_parameters``, ``rms_norm_eps``,
-            ``attention_bias``; ``head_dim`` for Qwen3).
+            ``attention_bias``, ``attention_dropout``, ``initializer_range``).
 
     Raises:
+        TypeError: an option that does not exist, or a size that is no integer.
         ValueError: an unknown kind, a non-positive size, or heads that do not divide the width.
 
     Examples:
@@ -90,6 +95,7 @@ class CausalBackbone(nn.Module):
         num_layers: int,
         num_heads: int,
         num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
         max_position_embeddings: int | None = None,
         expand: int | None = None,
         intermediate_size: int | None = None,
@@ -98,37 +104,66 @@ class CausalBackbone(nn.Module):
         super().__init__()
         if kind not in FAMILIES:
             raise ValueError(f"CausalBackbone: kind must be one of {', '.join(FAMILIES)}, got {kind!r}.")
-        for name, value in (("num_layers", num_layers), ("num_heads", num_heads)):
-            if value < 1:
-                raise ValueError(f"CausalBackbone: {name} must be at least 1, got {value}.")
-        if "head_dim" not in kwargs and hidden_dim % num_heads:
+        family = FAMILIES[kind]
+        sizes = {"hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads}
+        optional = {
+            "num_key_value_heads": num_key_value_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": max_position_embeddings,
+            "expand": expand,
+            "intermediate_size": intermediate_size,
+        }
+        for name, value in (sizes | {name: size for name, size in optional.items() if size is not None}).items():
+            check_size("CausalBackbone", name, value)
+        num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
+        if num_heads % num_key_value_heads:
+            raise ValueError(
+                f"CausalBackbone: num_key_value_heads must divide num_heads={num_heads}, got {num_key_value_heads}."
+            )
+        if head_dim is None and hidden_dim % num_heads:
             raise ValueError(
                 f"CausalBackbone: num_heads must divide hidden_dim={hidden_dim}, got {num_heads}. "
                 "Change one of them, or give head_dim (Qwen3)."
             )
-        family = FAMILIES[kind]
+        head_dim = hidden_dim // num_heads if head_dim is None else head_dim
+        if head_dim % 2:
+            raise ValueError(
+                f"CausalBackbone: head_dim must be even, got {head_dim}. By default it is hidden_dim / num_heads."
+            )
+        if max_position_embeddings is None:
+            max_position_embeddings = family.max_position_embeddings
+        if intermediate_size is None:
+            intermediate_size = (family.expand if expand is None else expand) * hidden_dim
+        fixed: dict[str, Any] = {
+            "vocab_size": 1,  # Steps come embedded; the table of `transformers` is a stub.
+            "hidden_size": hidden_dim,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": num_heads,
+            "num_key_value_heads": num_key_value_heads,
+            "head_dim": head_dim,
+            "max_position_embeddings": max_position_embeddings,
+            "intermediate_size": intermediate_size,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "use_cache": False,
+        }
+        further = {entry.name for entry in dataclasses.fields(family.config)} - set(fixed)
+        for name in kwargs:
+            if name not in further:
+                nearest = difflib.get_close_matches(name, sorted({*further, *sizes, *optional}), cutoff=0.0)
+                raise TypeError(f"CausalBackbone: unknown option {name!r}. The nearest are {', '.join(nearest)}.")
         kwargs.setdefault("rms_norm_eps", family.rms_norm_eps)
-        if kind == "qwen3":
-            kwargs.setdefault("head_dim", hidden_dim // num_heads)
-        config = family.config(
-            vocab_size=1,  # Steps come embedded; the table of `transformers` is a stub.
-            hidden_size=hidden_dim,
-            num_hidden_layers=num_layers,
-            num_attention_heads=num_heads,
-            num_key_value_heads=num_key_value_heads or num_heads,
-            max_position_embeddings=max_position_embeddings or family.max_position_embeddings,
-            intermediate_size=intermediate_size or (expand or family.expand) * hidden_dim,
-            pad_token_id=None,
-            bos_token_id=None,
-            eos_token_id=None,
-            attn_implementation="sdpa",
-            use_cache=False,
-            **kwargs,
-        )
+        config = family.config(**fixed, attn_implementation="sdpa", **kwargs)
         self.kind = kind
         self.model = family.model(config)
         self.model.norm = nn.Identity()
         self.model.embed_tokens.requires_grad_(False)
+
+    @property
+    def hidden_dim(self) -> int:
+        """Size of a token."""
+        return int(self.model.config.hidden_size)
 
     @property
     def num_layers(self) -> int:
@@ -162,13 +197,13 @@ class CausalBackbone(nn.Module):
 
         Args:
             batch_size: number of slots.
-            capacity: number of tokens of a context; ``max_seq_len`` by default.
+            capacity: number of tokens of a context, at least 1; ``max_seq_len`` by default.
             device: that of the weights by default.
             dtype: that of the weights by default.
         """
         weight = self.model.layers[0].self_attn.k_proj.weight
         heads = int(self.model.config.num_key_value_heads)
-        shape = (batch_size, self.num_layers, heads, capacity or self.max_seq_len, self.head_dim)
+        shape = (batch_size, self.num_layers, heads, self.max_seq_len if capacity is None else capacity, self.head_dim)
         key, value = (torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype) for _ in "kv")
         return KeyValues(key, value)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.schema import check_ids
 
 if TYPE_CHECKING:
@@ -199,6 +200,7 @@ class StepEmbedder(nn.Module):
         std: standard deviation of a modality's initial output, about the same for all.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size that an active modality needs is missing, or any option is out of range.
 
     Examples:
@@ -245,11 +247,15 @@ class StepEmbedder(nn.Module):
             )
         for name, value, least in (
             ("hidden_dim", hidden_dim, 1),
+            ("max_num_actions", max_num_actions, 0),
+            ("max_num_obs_continuous", max_num_obs_continuous, 0),
+            ("max_num_obs_discrete", max_num_obs_discrete, 0),
+            ("max_num_obs_image", max_num_obs_image, 0),
+            ("max_num_time_steps", max_num_time_steps, 0),
             ("token_data_len", token_data_len, 1),
             ("num_compute_tokens", num_compute_tokens, 0),
         ):
-            if value < least:
-                raise ValueError(f"StepEmbedder: {name} must be at least {least}, got {value}.")
+            check_size("StepEmbedder", name, value, least)
         self.hidden_dim = hidden_dim
         self.token_data_len = token_data_len
         self.concat_modalities = concat_modalities

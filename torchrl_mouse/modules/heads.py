@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn import functional as F
 
+from torchrl_mouse.modules.checks import check_size
+
 if TYPE_CHECKING:
     import torch
 
@@ -36,6 +38,7 @@ class SwiGLUHead(nn.Module):
         use_norm: normalise the hidden state first (RMS norm).
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size is not positive.
 
     Examples:
@@ -56,8 +59,7 @@ class SwiGLUHead(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("out_dim", out_dim), ("hidden_dim", hidden_dim), ("num_layers", num_layers)):
-            if value < 1:
-                raise ValueError(f"SwiGLUHead: {name} must be at least 1, got {value}.")
+            check_size("SwiGLUHead", name, value)
         self.norm = nn.RMSNorm(in_dim, eps=1e-5) if use_norm else None
         widths = [in_dim, *[hidden_dim] * (num_layers - 1)]
         gated = [_SwiGLU(*pair) for pair in itertools.pairwise(widths)]
@@ -65,6 +67,7 @@ class SwiGLUHead(nn.Module):
         for parameter in last.parameters():
             parameter.data.mul_(scale)
         self.layers = nn.ModuleList([*gated, last])
+        self.out_dim = out_dim
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns ``[*, out_dim]`` of hidden states ``[*, in_dim]``."""
@@ -75,10 +78,10 @@ class SwiGLUHead(nn.Module):
 
 
 class DQNHead(nn.Module):
-    """Action values: an online :class:`SwiGLUHead` and its slowly moving target.
+    """Action values: an online :class:`SwiGLUHead` and its target, as MOUSE's files hold them.
 
-    Losses train ``online`` and keep a target of their own, which :meth:`torchrl_mouse.models.MouseModel.set_target`
-    brings back here, so that a saved model can be trained on.
+    Losses train ``online`` and keep a target of their own, which a new loss starts from ``online``. Nothing here reads
+    ``target``: it is kept for the file, where :meth:`torchrl_mouse.models.MouseModel.set_target` brings a loss's.
 
     Args:
         in_dim: size of the hidden state.

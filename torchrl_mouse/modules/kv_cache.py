@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 class KeyValues(NamedTuple):
@@ -42,15 +42,17 @@ class KVCache:
     streams appear, up to ``max_streams``; then the least recently used one is forgotten.
 
     Args:
-        new_kv_cache: allocates keys and values for a number of slots (``None``: nothing is to be cached but steps).
+        new_kv_cache: allocates keys and values for a number of slots.
         window: number of steps a context holds.
-        max_streams: largest number of slots.
+        max_streams: largest number of slots; may be raised later.
 
     Examples:
-        >>> cache = KVCache(None, window=4, max_streams=2)
+        >>> def allocate(slots):
+        ...     return KeyValues(*(torch.zeros(slots, 1, 1, 4, 2) for _ in "kv"))
+        >>> cache = KVCache(allocate, window=4, max_streams=2)
         >>> cache.locate([11, 22], [True, True]).tolist()
         [0, 1]
-        >>> cache.locate([22], [False]).tolist()
+        >>> cache.locate([22], [True]).tolist()
         [1]
         >>> cache.locate([33], [True]).tolist()  # 11 was used least recently
         [0]
@@ -60,7 +62,7 @@ class KVCache:
         RuntimeError: KVCache: a row in the middle of a task must have a context, got none for row 0 (stream 11)...
     """
 
-    def __init__(self, new_kv_cache: Callable[[int], KeyValues] | None, *, window: int, max_streams: int) -> None:
+    def __init__(self, new_kv_cache: Callable[[int], KeyValues], *, window: int, max_streams: int) -> None:
         self.window = window
         self.max_streams = max_streams
         self.length = torch.zeros(0, dtype=torch.int64)
@@ -89,17 +91,26 @@ class KVCache:
 
         Raises:
             ValueError: two rows have one address, or there are more rows than ``max_streams``.
-            RuntimeError: a row in the middle of a task has no context here.
+            RuntimeError: a row in the middle of a task has no context here, or an empty one.
         """
-        streams = list(streams)
-        if self._last is not None and streams == self._last[0]:
-            rows = self._last[1]
-        else:
+        streams, start = list(streams), torch.tensor(starts, dtype=torch.bool)
+        rows = self._last[1] if self._last is not None and streams == self._last[0] else None
+        if rows is None or bool((self.length[rows[~start]] == 0).any()):  # the latter for the error
             self._check(streams, starts)
             rows = torch.tensor(self._take(streams))
             self._last = streams, rows
-        self.length[rows[torch.tensor(starts, dtype=torch.bool)]] = 0
+        self.length[rows[start]] = 0
         return rows
+
+    def forget(self, streams: Iterable[int]) -> None:
+        """Frees the slots of streams for others.
+
+        Args:
+            streams: their addresses; unknown ones are ignored.
+        """
+        for stream in streams:
+            self._slots.pop(stream, None)
+        self._last = None
 
     def _check(self, streams: list[int], starts: Sequence[bool]) -> None:
         if len(set(streams)) < len(streams):
@@ -114,11 +125,12 @@ class KVCache:
                 "Raise max_streams."
             )
         for row, (stream, start) in enumerate(zip(streams, starts, strict=True)):
-            if not start and stream not in self._slots:
+            # Empty: the call in which the task began failed.
+            if not start and (stream not in self._slots or self.length[self._slots[stream]] == 0):
                 raise RuntimeError(
                     "KVCache: a row in the middle of a task must have a context, got none for "
                     f"row {row} (stream {stream}). Its earlier steps did not pass through this module (a random "
-                    "phase, another policy, a copy of the module, or more streams than max_streams="
+                    "phase, another policy, a copy of the module, a call that failed, or more streams than max_streams="
                     f"{self.max_streams}): reset the environment, or show the module every step of a task."
                 )
 
@@ -142,24 +154,21 @@ class KVCache:
         with torch.inference_mode(False):
             self.length = torch.cat([self.length, self.length.new_zeros(more)])
             self.version = torch.cat([self.version, self.version.new_zeros(more)])
-            if self._new_kv_cache is not None:
-                new = self._new_kv_cache(more)
-                old = self._key_values
-                if old is not None:
-                    new = KeyValues(torch.cat([old.key, new.key]), torch.cat([old.value, new.value]))
-                self._key_values = new
+            new, old = self._new_kv_cache(more), self._key_values
+            if old is not None:
+                new = KeyValues(torch.cat([old.key, new.key]), torch.cat([old.value, new.value]))
+            self._key_values = new
             for name, steps in self._steps.items():
                 self._steps[name] = torch.cat([steps, steps.new_zeros((more, *steps.shape[1:]))])
 
-    def key_values(self, rows: torch.Tensor, length: int) -> KeyValues | None:
+    def key_values(self, rows: torch.Tensor, length: int) -> KeyValues:
         """Returns the keys and values of some slots, up to a number of positions.
 
         Args:
             rows: int64 ``[B]`` slots, on the CPU.
             length: positions that are needed, at most the capacity.
         """
-        if self._key_values is None:
-            return None
+        assert self._key_values is not None
         in_order = torch.equal(rows, torch.arange(len(rows)))
         pool = self._key_values.narrow(length)
         if in_order:  # A view: no copy of the context at each step.

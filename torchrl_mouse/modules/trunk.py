@@ -10,6 +10,7 @@ from torchrl.modules.tensordict_module.rnn import recurrent_mode
 
 from torchrl_mouse import schema
 from torchrl_mouse.functional import segment_mask, segment_positions
+from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.embedding import MODALITIES
 from torchrl_mouse.modules.kv_cache import KVCache
 
@@ -37,13 +38,19 @@ MODALITY_KEYS: dict[str, NestedKey] = {
 class Trunk(TensorDictModuleBase):
     """Turns what was seen so far into a hidden state per step.
 
-    It runs in TorchRL's two modes (:class:`~torchrl.modules.set_recurrent_mode`), which agree at every step:
+    It runs in TorchRL's two modes (:class:`~torchrl.modules.set_recurrent_mode`). They agree at every step as long as
+    the context holds the whole task (up to ``window`` steps); after an overflow the sequential mode agrees with a fresh
+    pass over the steps that were kept.
 
     - **recurrent** (training; every ``LossModule`` switches it on): one pass over a window ``[*, T]``. Attention is
       causal and never crosses ``is_init``; index 0 begins a context. Padding belongs at a window's end, where no real
       step can see it. Gradients flow.
     - **sequential** (collection): one new step per row against a key-value cache. The tensordict carries the address of
       each row's context (``stream``), the trunk the numbers; ``is_init`` restarts a row. No gradients flow.
+
+    .. note:: In sequential mode every step of a task must pass through the module. A row in the middle of a task that
+        has no context is an error; but steps that bypass the module while the row's context lives (a random phase in
+        mid-task) cannot be seen, and are missing from it; the embedded times are data, and not compared.
 
     Args:
         embedder: the step embedder.
@@ -57,7 +64,9 @@ class Trunk(TensorDictModuleBase):
         max_streams: largest number of contexts; the least recently used is forgotten first.
 
     Raises:
-        ValueError: a window longer than the backbone's positions, or an unknown option.
+        TypeError: ``window`` or ``max_streams`` is no integer.
+        ValueError: a window longer than the backbone's positions, an embedder of another width than the backbone's, a
+            size below 1, or an unknown option.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -93,8 +102,8 @@ class Trunk(TensorDictModuleBase):
         ):
             if value not in options:
                 raise ValueError(f"Trunk: {name} must be one of {', '.join(options)}, got {value!r}.")
-        if window < 1:
-            raise ValueError(f"Trunk: window must be at least 1 step, got {window}.")
+        for name, size in (("window", window), ("max_streams", max_streams)):
+            check_size("Trunk", name, size)
         if unknown := set(keys or {}) - set(MODALITIES):
             raise ValueError(f"Trunk: keys must name modalities ({', '.join(MODALITIES)}), got {sorted(unknown)}.")
         self.embedder = embedder
@@ -106,6 +115,11 @@ class Trunk(TensorDictModuleBase):
         self.keys = {name: (keys or {}).get(name, MODALITY_KEYS[name]) for name in embedder.modalities}
         if backbone is not None:
             self._check_fits(window)
+            if embedder.hidden_dim != backbone.hidden_dim:
+                raise ValueError(
+                    f"Trunk: the embedder must have the backbone's hidden_dim={backbone.hidden_dim}, got "
+                    f"{embedder.hidden_dim}. Build both with one."
+                )
         # A buffer, so that it travels with the weights to collectors in other processes.
         self.register_buffer("weight_version", torch.zeros((), dtype=torch.int64))
         self._cache: KVCache | None = None
@@ -148,6 +162,15 @@ class Trunk(TensorDictModuleBase):
         """Forgets every context and frees its memory."""
         self._cache = None
 
+    def forget(self, streams: torch.Tensor) -> None:
+        """Forgets the contexts of environments that are done with; their memory serves others.
+
+        Args:
+            streams: int64 of any shape, their addresses; unknown ones are ignored.
+        """
+        if self._cache is not None:
+            self._cache.forget(streams.reshape(-1).tolist())
+
     def mark_weight_update(self) -> None:
         """Says that the weights have changed; contexts are then treated as ``on_weight_update`` says."""
         self.weight_version += 1
@@ -161,6 +184,7 @@ class Trunk(TensorDictModuleBase):
 
         Raises:
             KeyError: an entry is missing.
+            TypeError: an entry's type is of another kind.
             ValueError: a window does not fit, ids are out of range or of an unknown encoding.
             RuntimeError: (sequential) a row in the middle of a task has no context.
         """
@@ -176,7 +200,7 @@ class Trunk(TensorDictModuleBase):
         dtype = next(self.embedder.parameters()).dtype
         for name, key in self.keys.items():
             if name == "done":
-                terminated, truncated = (schema.require(steps, end) for end in self._end_keys())
+                terminated, truncated = (schema.require(steps, end, "bool") for end in self._end_keys())
                 values[name] = schema.done_code(terminated, truncated).reshape(steps.shape)
                 continue
             value = schema.require(steps, key)
@@ -195,7 +219,7 @@ class Trunk(TensorDictModuleBase):
         num = steps.shape[-1]
         self._check_fits(num)
         embed = self.embedder(self.read(steps)).reshape(-1, num, *self._token_shape)  # (B, T, N, D)
-        positions, mask = self._contexts(schema.require(steps, schema.IS_INIT).reshape(-1, num))
+        positions, mask = self._contexts(schema.require(steps, schema.IS_INIT, "bool").reshape(-1, num))
         out = embed.flatten(1, 2)
         if self.backbone is not None:
             out, _ = self.backbone(out, positions, mask)
@@ -228,8 +252,9 @@ class Trunk(TensorDictModuleBase):
         if self._cache is None:
             self._cache = KVCache(self._new_kv_cache, window=self.window, max_streams=self.max_streams)
         cache, version = self._cache, int(self.weight_version)
-        streams = schema.require(flat, schema.STREAM).reshape(-1).tolist()
-        starts = schema.require(flat, schema.IS_INIT).reshape(-1).tolist()
+        cache.max_streams = self.max_streams  # it may have been raised
+        streams = schema.require(flat, schema.STREAM, "integer").reshape(-1).tolist()
+        starts = schema.require(flat, schema.IS_INIT, "bool").reshape(-1).tolist()
         rows = cache.locate(streams, starts)
         cache.version[rows[cache.length[rows] == 0]] = version
         if self.on_weight_update == "rebuild":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -126,6 +126,7 @@ class MouseDQNLoss(InContextLoss):
 
         Raises:
             KeyError: an entry is missing.
+            TypeError: a mark of an end or a start is not boolean.
             ValueError: an action is out of range, or the steps have no time dimension.
         """
         steps = self._predict(tensordict)
@@ -162,16 +163,17 @@ class MouseDQNLoss(InContextLoss):
         )
 
     @staticmethod
-    def _next(steps: TensorDictBase, key: NestedKey) -> torch.Tensor:
+    def _next(steps: TensorDictBase, key: NestedKey, kind: Literal["bool"] | None = None) -> torch.Tensor:
         path = ("next", *key) if isinstance(key, tuple) else ("next", key)
-        return schema.require(steps, path).reshape(steps.shape)
+        return schema.require(steps, path, kind).reshape(steps.shape)
 
     def _bootstrap(
         self, steps: TensorDictBase, state_value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the discounts, the values they apply to, and which steps have both; all ``[*, T]``."""
         keys = self.tensor_keys
-        done, terminated, truncated = (self._next(steps, key) for key in (keys.done, keys.terminated, keys.truncated))
+        ends = (keys.done, keys.terminated, keys.truncated)
+        done, terminated, truncated = (self._next(steps, key, "bool") for key in ends)
         truncated = truncated & ~terminated
         gamma: Any = self.gamma
         discount = torch.where(terminated, self.gamma_terminal, gamma)
@@ -179,7 +181,7 @@ class MouseDQNLoss(InContextLoss):
             discount = torch.where(truncated, self.gamma_truncated, discount)
         discount = discount.to(state_value.dtype).masked_fill(done, 0.0)
 
-        is_init = schema.require(steps, keys.is_init).reshape(steps.shape)
+        is_init = schema.require(steps, keys.is_init, "bool").reshape(steps.shape)
         next_value, inside = _ahead(state_value, is_init, 1)
         if self.gamma_terminal > 0:
             # Returns span episodes: play goes on after the terminal frame, at which nothing is decided.

@@ -76,6 +76,7 @@ class SupervisedPolicyLoss(InContextLoss):
 
         Raises:
             KeyError: an entry is missing.
+            TypeError: a mark of an episode's end, or the mask, is not boolean.
             ValueError: the teacher has another number of actions than the head.
         """
         q_star = schema.require(tensordict, self.tensor_keys.q_star)

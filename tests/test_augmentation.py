@@ -1,0 +1,92 @@
+"""Random changes to windows: the same at every step of a window, different in every window, seeded."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torchrl.envs import TransformedEnv
+
+from torchrl_mouse.data import DatasetStore, JitterObservation, replay_buffer
+from torchrl_mouse.envs import DarkRoomEnv
+
+
+def windows(batch=4, steps=5, size=2):
+    torch.manual_seed(1)
+    frame = torch.randn(batch, steps + 1, size)
+    following = {"observation": frame[:, 1:], "reward": torch.randn(batch, steps, 1)}
+    td = {"observation": frame[:, :-1], "q_star": torch.randn(batch, steps, 3), "next": following}
+    return TensorDict(td, [batch, steps])
+
+
+@settings(max_examples=25, deadline=None, database=None)
+@given(st.floats(0, 0.9), st.floats(0, 2), st.integers(0, 2**31))
+def test_affine_and_the_same_at_every_step(scale, shift, seed):
+    before = windows()
+    torch.manual_seed(seed)
+    after = JitterObservation(scale=scale, shift=shift)(before.clone())
+    root, following = before["observation"], before["next", "observation"]
+    # Two steps give the factor and the offset; all others have to agree.
+    factor = (after["observation"][:, :1] - after["observation"][:, 1:2]) / (root[:, :1] - root[:, 1:2])
+    offset = after["observation"][:, :1] - factor * root[:, :1]
+    torch.testing.assert_close(after["observation"], factor * root + offset, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(after["next", "observation"], factor * following + offset, atol=1e-4, rtol=1e-3)
+    assert (factor - 1).abs().max() <= scale + 1e-3
+
+
+def test_windows_and_dimensions_differ():
+    after = JitterObservation(scale=0.5, shift=1.0)(TensorDict({"observation": torch.ones(64, 2, 2)}, [64, 2]))
+    values = after["observation"][:, 0]
+    assert len(values.flatten().unique()) == 128
+    assert values.mean().item() == pytest.approx(1.0, abs=0.3)
+
+
+def test_targets_are_left_alone():
+    before = windows()
+    after = JitterObservation(scale=0.5, shift=1.0)(before.clone())
+    assert not torch.equal(after["observation"], before["observation"])
+    for key in ("q_star", ("next", "reward")):
+        assert torch.equal(after[key], before[key])
+
+
+def test_without_options_nothing_changes():
+    before = windows()
+    after = JitterObservation()(before.clone())
+    assert torch.equal(after["observation"], before["observation"])
+
+
+def test_on_a_replay_buffer_seeds_reproduce():
+    store = DatasetStore(max_action_dim=3, max_obs_continuous_dim=1)
+    for step in range(12):
+        store.append({"action": 0, "reward": 0.0, "done": 0, "episode_step": step, "observation": [float(step)]})
+
+    def sample():
+        buffer = replay_buffer(store, window=4, batch_size=3, seed=0)
+        buffer.append_transform(JitterObservation(shift=1.0))
+        torch.manual_seed(5)
+        return buffer.sample()
+
+    batch = sample()
+    assert batch.shape == (3, 4)
+    assert torch.equal(batch["observation"], sample()["observation"])
+    assert torch.equal(store[batch["index"]]["observation"], batch["index"].unsqueeze(-1).float())  # the store's own
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"scale": 1.0}, r"scale must lie in \[0, 1\), got 1.0"), ({"shift": -1.0}, "shift must be at least 0, got -1.0")],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        JitterObservation(**options)
+
+
+def test_an_environment_is_refused():
+    env = TransformedEnv(DarkRoomEnv([0]), JitterObservation(scale=0.1))
+    with pytest.raises(NotImplementedError, match="must be a transform of a replay buffer"):
+        env.reset()
+
+
+def test_missing_observation():
+    with pytest.raises(KeyError, match="entry 'observation' must be present"):
+        JitterObservation(scale=0.1)(TensorDict({"action": torch.zeros(2, 3)}, [2, 3]))
