@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from datasets import load_from_disk
+from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector, RandomPolicy
 from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.objectives import SoftUpdate
@@ -33,7 +34,7 @@ from torchrl_mouse.data import DatasetStore, JitterObservation, replay_buffer
 from torchrl_mouse.envs import ClearContext, DarkRoomEnv, TaskEnv, oracle_policy, split_goals
 from torchrl_mouse.evaluation import evaluate, plot_curves, summarize
 from torchrl_mouse.models import MouseConfig, MouseModel
-from torchrl_mouse.modules import TabularQLearner
+from torchrl_mouse.modules import StickyActions, TabularQLearner
 from torchrl_mouse.objectives import CombinedLoss, InContextLoss, MouseDQNLoss, SupervisedPolicyLoss
 from torchrl_mouse.recipes import offline_trainer, run, warmup_cosine
 
@@ -43,9 +44,8 @@ NUM_TRAIN_GOALS = 70
 MAX_STEPS = 20
 EXPERT_RETURN = 1.0
 
-# What was tuned. Unscaled rewards leave the action values of far cells too close to tell apart; drawing actions from
-# them, instead of taking the best, is what explores. Returns span episodes (GAMMA_TERMINAL). The jitter keeps the model
-# from remembering the 70 goals, and so from never looking for the others.
+# What was tuned. Unscaled rewards leave the action values of far cells too close to tell apart. Returns span episodes
+# (GAMMA_TERMINAL). The jitter keeps the model from remembering the 70 goals, and so from never looking for the others.
 WINDOW = 120
 START_SHARE = 0.3
 JITTER_SCALE = 0.3
@@ -56,10 +56,15 @@ GAMMA_TERMINAL = 0.8
 CQL_WEIGHT = 0.5
 TAU = 0.01
 LOSS_WEIGHTS = {"dqn": 1.0, "sp": 10.0}  # Squared errors of scaled rewards would drown the cross-entropy.
-TEMPERATURE = {"dqn": 1.4, "sp": 2.0}
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.01
 WARMUP = 50
+
+# How to act, chosen on the training goals of seed 0. Drawing actions, instead of taking the best, explores; repeating
+# some leads away from where the agent has been.
+TEMPERATURE = {"dqn": 1.0, "sp": 1.5}
+STICKINESS = 0.3
+ACTING = ("TEMPERATURE", "STICKINESS", "ACTING")
 
 
 def positive(text: str) -> int:
@@ -193,6 +198,7 @@ def play(model: MouseModel, goals: torch.Tensor, arguments: argparse.Namespace) 
     returns = {}
     for head in arguments.heads:
         actor = model.actor(spec, head=head, temperature=TEMPERATURE[head])
+        actor = TensorDictSequential(actor, StickyActions(STICKINESS))
         cleared = TransformedEnv(tasks(), ClearContext())
         returns[head] = evaluate(actor, tasks(), arguments.episodes, description=head)
         returns[f"{head}, context cleared"] = evaluate(
@@ -212,7 +218,8 @@ def claim(directory: Path, arguments: argparse.Namespace) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     names = ("heads", "observation", "updates", "batch_size", "history_episodes")
     options = {name: getattr(arguments, name) for name in names}
-    options |= {name: value for name, value in globals().items() if name.isupper()}  # The recipe is one, too.
+    # The recipe is an option, too; how to act on what was learned is not.
+    options |= {name: value for name, value in globals().items() if name.isupper() and name not in ACTING}
     file = directory / "options.json"
     if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != options:
         raise SystemExit(

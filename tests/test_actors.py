@@ -6,12 +6,15 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torchrl.collectors import Collector
 from torchrl.data import Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import EGreedyModule, QValueModule
 
 from torchrl_mouse import schema
-from torchrl_mouse.modules import DQNHead, SwiGLUHead
+from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
+from torchrl_mouse.models import MouseConfig, MouseModel
+from torchrl_mouse.modules import DQNHead, StickyActions, SwiGLUHead
 from torchrl_mouse.modules.actors import make_actor
 
 SPECS = {"categorical": Categorical(5), "one-hot": OneHot(5, dtype=torch.int64)}
@@ -147,3 +150,53 @@ def test_number_of_actions_of_a_head_without_a_model(head_class):
     with pytest.raises(ValueError, match=r"make_actor: the action space must have the head's 3 actions, got 5\."):
         make_actor(trunk, head, Categorical(5))
     assert act(make_actor(trunk, head, Categorical(3)), torch.randn(4, 16))[schema.ACTION].shape == (4,)
+
+
+def frames(rows, action, previous, step=1):
+    entries = {"action": action, "previous": {"action": previous}, "episode_step": torch.full((rows, 1), step)}
+    return TensorDict(entries, [rows])
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_sticky_actions_repeat_at_their_rate(one_hot):
+    torch.manual_seed(0)
+    action, previous = torch.zeros(4000, dtype=torch.int64), torch.ones(4000, dtype=torch.int64)
+    if one_hot:
+        action, previous = (torch.nn.functional.one_hot(ids, 3) for ids in (action, previous))
+    chosen = StickyActions(0.3)(frames(4000, action, previous))["action"]
+    assert chosen.shape == action.shape
+    repeated = (chosen == previous).reshape(4000, -1).all(-1)
+    assert ((chosen == action).reshape(4000, -1).all(-1) ^ repeated).all()
+    assert repeated.float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+def test_sticky_actions_rest_at_first_frames_and_without_exploration():
+    action, previous = torch.zeros(200, dtype=torch.int64), torch.ones(200, dtype=torch.int64)
+    sticky = StickyActions(0.9)
+    assert not sticky(frames(200, action, previous, step=0))["action"].any()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert not sticky(frames(200, action, previous))["action"].any()
+    assert sticky(frames(200, action, previous))["action"].any()
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.0, float("nan")])
+def test_sticky_probability_out_of_range(probability):
+    with pytest.raises(ValueError, match=r"StickyActions: probability must lie in \[0, 1\)"):
+        StickyActions(probability)
+
+
+def test_sticky_actions_in_a_collector():
+    torch.manual_seed(0)
+    env = TaskEnv(DarkRoomEnv([0, 8, 40]), steps_per_task=200)
+    embedding = {"max_num_actions": 5, "max_num_obs_continuous": 2}
+    model = MouseModel(MouseConfig(hidden_dim=16, embedding_kwargs=embedding, dqn_head_kwargs={}))
+    actor = TensorDictSequential(
+        model.actor(env.action_spec_unbatched, temperature=1e6),
+        StickyActions(0.5),
+    )
+    collector = Collector(env, actor, frames_per_batch=600, total_frames=600)
+    (batch,) = collector
+    collector.shutdown()
+    moved = batch["episode_step"].squeeze(-1) > 0
+    same = (batch["action"] == batch["previous", "action"])[moved]
+    assert same.float().mean().item() == pytest.approx(0.5 + 0.5 / 5, abs=0.08)

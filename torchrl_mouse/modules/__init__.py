@@ -1,6 +1,6 @@
 """Networks: embedder, backbone and its cache, trunk, heads, actors."""
 
-from torchrl_mouse.modules.actors import make_actor
+from torchrl_mouse.modules.actors import StickyActions, make_actor
 from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
 from torchrl_mouse.modules.heads import DQNHead, SwiGLUHead
@@ -14,6 +14,7 @@ __all__ = [
     "KVCache",
     "KeyValues",
     "StepEmbedder",
+    "StickyActions",
     "SwiGLUHead",
     "TabularQLearner",
     "TokenType",

@@ -10,12 +10,14 @@ from torch.distributions import Categorical
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.data import OneHot as OneHotSpec
 from torchrl.data import TensorSpec
+from torchrl.envs.utils import ExplorationType, exploration_type
 from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueModule
 
 from torchrl_mouse.modules.heads import DQNHead, SwiGLUHead
-from torchrl_mouse.schema import ACTION
+from torchrl_mouse.schema import ACTION, EPISODE_STEP, PREVIOUS_ACTION, require
 
 if TYPE_CHECKING:
+    from tensordict import TensorDictBase
     from tensordict.utils import NestedKey
 
 LOGITS: NestedKey = "logits"
@@ -28,6 +30,58 @@ class _Temperature(torch.nn.Module):
 
     def forward(self, scores: torch.Tensor) -> torch.Tensor:
         return scores / self.temperature
+
+
+class StickyActions(TensorDictModuleBase):
+    """Repeats the previous action with some probability, to get away from where single random steps lead back.
+
+    Actions that are drawn one by one make an agent pace up and down around its start; repeated ones carry it outwards
+    (Dabney et al. 2020, arXiv:2006.01782; sticky actions: Machado et al. 2018, arXiv:1709.06009). It comes after an
+    actor in a ``TensorDictSequential``, as ``EGreedyModule`` does, and like that one rests where TorchRL's exploration
+    type is not random. An episode's first action is never a repetition.
+
+    Args:
+        probability: of repeating, in [0, 1).
+        action_key: the action, read and written.
+        previous_key: the action that led to the frame.
+        episode_step_key: int64 ``[*, 1]``, the step inside the episode.
+
+    Raises:
+        ValueError: the probability is out of range.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> _ = torch.manual_seed(0)
+        >>> frame = {"action": torch.zeros(1000, dtype=torch.int64), "episode_step": torch.ones(1000, 1)}
+        >>> frame["previous"] = {"action": torch.ones(1000, dtype=torch.int64)}
+        >>> round(StickyActions(0.3)(TensorDict(frame, [1000]))["action"].float().mean().item(), 1)
+        0.3
+    """
+
+    def __init__(
+        self,
+        probability: float,
+        *,
+        action_key: NestedKey = ACTION,
+        previous_key: NestedKey = PREVIOUS_ACTION,
+        episode_step_key: NestedKey = EPISODE_STEP,
+    ) -> None:
+        super().__init__()
+        if not 0 <= probability < 1:
+            raise ValueError(f"StickyActions: probability must lie in [0, 1), got {probability}.")
+        self.probability = probability
+        self.in_keys = [action_key, previous_key, episode_step_key]
+        self.out_keys = [action_key]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Writes the action, or the previous one again."""
+        if exploration_type() not in (ExplorationType.RANDOM, None):
+            return tensordict
+        action, previous, step = (require(tensordict, key) for key in self.in_keys)
+        draw = torch.rand(tensordict.shape, device=action.device)
+        repeat = (draw < self.probability) & (step.reshape(tensordict.shape) > 0)
+        repeat = repeat.reshape(repeat.shape + (1,) * (action.ndim - repeat.ndim))
+        return tensordict.set(self.out_keys[0], torch.where(repeat, previous, action))
 
 
 def make_actor(
