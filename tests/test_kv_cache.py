@@ -287,3 +287,34 @@ def test_full_contexts_survive_a_change_of_mode(make_trunk, random_steps):
         with torch.inference_mode() if t % 2 else torch.no_grad():
             mixed = trunk(steps[:, t].clone())[schema.HIDDEN].clone()
         assert_equal(mixed, other(steps[:, t].clone())[schema.HIDDEN])
+
+
+def test_a_copied_context_goes_on_by_itself(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    one = random_steps(2, 12, [[], []])
+    other = one.clone()
+    other[schema.STREAM] += 100
+    other[:, 5:] = random_steps(2, 12, [[], []], seed=1)[:, 5:].set(schema.STREAM, other[:, 5:][schema.STREAM])
+    expected = full_pass(trunk, one), full_pass(trunk, other)
+    assert not torch.allclose(expected[0][:, 5], expected[1][:, 5], atol=1e-3)
+    for t in range(5):
+        trunk(one[:, t].clone())
+    trunk.copy_context(one[:, 0][schema.STREAM], other[:, 0][schema.STREAM])
+    for t in range(5, 12):
+        assert_equal(trunk(one[:, t].clone())[schema.HIDDEN], expected[0][:, t])
+        assert_equal(trunk(other[:, t].clone())[schema.HIDDEN], expected[1][:, t])
+
+
+def test_copies_that_cannot_be_made(make_trunk, random_steps):
+    trunk = make_trunk()
+    with pytest.raises(KeyError, match="sources must have contexts, got none at all"):
+        trunk.copy_context(torch.tensor([1]), torch.tensor([2]))
+    trunk(random_steps(1, 1, [[]])[:, 0])
+    with pytest.raises(KeyError, match="the source must have a context, got none for stream -5"):
+        trunk.copy_context(torch.tensor([-5]), torch.tensor([2]))
+    with pytest.raises(ValueError, match=r"must have one shape, got \(1,\) and \(2,\)"):
+        trunk.copy_context(torch.tensor([1]), torch.tensor([1, 2]))
+    cache = make_cache(max_streams=1)
+    cache.locate([11], [True])
+    with pytest.raises(ValueError, match="max_streams must be at least 2 to copy, got 1"):
+        cache.copy(11, 12)

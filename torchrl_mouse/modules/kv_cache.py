@@ -112,6 +112,27 @@ class KVCache:
             self._slots.pop(stream, None)
         self._last = None
 
+    def copy(self, source: int, target: int) -> None:
+        """Gives a stream a copy of another's context; what it had is lost.
+
+        Args:
+            source: address of the context to copy.
+            target: address of the copy.
+
+        Raises:
+            KeyError: the source has no context.
+            ValueError: there is no room for two contexts.
+        """
+        if source not in self._slots:
+            raise KeyError(f"KVCache: the source must have a context, got none for stream {source}.")
+        if self.max_streams < 2:
+            raise ValueError(f"KVCache: max_streams must be at least 2 to copy, got {self.max_streams}. Raise it.")
+        old, new = self._take([source, target])
+        self._last = None
+        assert self._key_values is not None
+        for pool in (self.length, self.version, *self._key_values[:2], *self._steps.values()):
+            pool[new] = pool[old]
+
     def _check(self, streams: list[int], starts: Sequence[bool]) -> None:
         if len(set(streams)) < len(streams):
             twice = next(stream for stream in streams if streams.count(stream) > 1)

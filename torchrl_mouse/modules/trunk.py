@@ -171,6 +171,29 @@ class Trunk(TensorDictModuleBase):
         if self._cache is not None:
             self._cache.forget(streams.reshape(-1).tolist())
 
+    def copy_context(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies contexts to other streams, so that a task can be played on in two ways.
+
+        A copied environment has streams of its own; without this, its rows are in the middle of an unknown task.
+
+        Args:
+            sources: int64 ``[*]``, addresses of contexts.
+            targets: int64, the same shape, addresses of the copies.
+
+        Raises:
+            KeyError: a source has no context.
+            ValueError: the shapes differ, or there is no room for two contexts.
+        """
+        if sources.shape != targets.shape:
+            raise ValueError(
+                f"Trunk: sources and targets must have one shape, got {tuple(sources.shape)} and "
+                f"{tuple(targets.shape)}."
+            )
+        if self._cache is None:
+            raise KeyError("Trunk: sources must have contexts, got none at all.")
+        for source, target in zip(sources.reshape(-1).tolist(), targets.reshape(-1).tolist(), strict=True):
+            self._cache.copy(source, target)
+
     def mark_weight_update(self) -> None:
         """Says that the weights have changed; contexts are then treated as ``on_weight_update`` says."""
         self.weight_version += 1
