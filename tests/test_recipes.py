@@ -201,19 +201,23 @@ class PowerCutError(Exception):
     pass
 
 
-def test_resuming_after_a_crash_equals_never_stopping(tmp_path):
-    whole = Training(tmp_path / "whole", checkpoint_interval=5)
-    run(whole.trainer)
-    crashing, calls = Training(tmp_path / "crashing", checkpoint_interval=5), []
+def crash_at_update_14(training, **options):
+    calls = []
 
     def crash(*_):
         calls.append(1)
         if len(calls) == 14:
             raise PowerCutError("lights out")
 
-    crashing.loss.register_forward_pre_hook(crash)
+    training.loss.register_forward_pre_hook(crash)
     with pytest.raises(PowerCutError, match="lights out"):
-        run(crashing.trainer)
+        run(training.trainer, **options)
+
+
+def test_resuming_after_a_crash_equals_never_stopping(tmp_path):
+    whole = Training(tmp_path / "whole", checkpoint_interval=5)
+    run(whole.trainer)
+    crash_at_update_14(Training(tmp_path / "crashing", checkpoint_interval=5))
     resumed = Training(tmp_path / "crashing", init=5, checkpoint_interval=5)
     assert run(resumed.trainer) is True
     assert resumed.updater.count == 10
@@ -265,16 +269,7 @@ def test_beginning_anew(tmp_path):
 
 def test_beginning_anew_leaves_nothing_of_the_old_run(tmp_path):
     run(Training(tmp_path, 20, checkpoint_interval=5).trainer)
-    crashing, calls = Training(tmp_path, 20, checkpoint_interval=5, seed=1), []
-
-    def crash(*_):
-        calls.append(1)
-        if len(calls) == 14:
-            raise PowerCutError("lights out")
-
-    crashing.loss.register_forward_pre_hook(crash)
-    with pytest.raises(PowerCutError, match="lights out"):
-        run(crashing.trainer, resume=False)
+    crash_at_update_14(Training(tmp_path, 20, checkpoint_interval=5, seed=1), resume=False)
     resumed = Training(tmp_path, 20, checkpoint_interval=5, seed=1)
     assert run(resumed.trainer) is True
     assert resumed.updater.count == 10  # From the new run's update 10, not from the old run's end.
