@@ -10,8 +10,9 @@ import torch
 from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.envs import Compose, EnvBase, InitTracker, ParallelEnv, RewardSum, SerialEnv, TransformedEnv
+from torchrl.envs import Compose, EnvBase, GymEnv, InitTracker, ParallelEnv, RewardSum, SerialEnv, TransformedEnv
 from torchrl.modules import EGreedyModule, set_recurrent_mode
+from torchrl.modules.utils.utils import _compute_missing_env_transforms
 
 from torchrl_mouse import schema
 from torchrl_mouse.envs import DarkRoomEnv, StreamTracker, TaskEnv
@@ -187,6 +188,28 @@ def test_environment_without_tasks(make_model, full_pass):
     starts = steps[schema.IS_INIT].squeeze(-1)
     assert len({tuple(row) for row in starts.tolist()}) == 3
     torch.testing.assert_close(steps[schema.HIDDEN], full_pass(model.trunk, steps), atol=1e-5, rtol=0)
+
+
+def gym_env():
+    return GymEnv("CartPole-v1")
+
+
+@pytest.mark.parametrize("make_env", [gym_env, partial(SerialEnv, 2, gym_env)])
+def test_streams_and_starts_are_registered_by_torchrl(make_env, make_model, full_pass):
+    embedding = {"max_num_actions": 2, "max_num_obs_continuous": 4, "include_action_token": False, "std": 1.0}
+    embedding |= {"include_reward_token": False, "include_done_token": False}
+    model, env = make_model(embedding_kwargs=embedding), make_env()
+    steps = torch.cat(collect(env, actor_of(model, env), auto_register_policy_transforms=True), -1)
+    steps = steps.reshape(-1, steps.shape[-1])
+    assert steps[schema.IS_INIT].sum() > len(steps)
+    assert steps[schema.STREAM].unique().numel() == len(steps)
+    torch.testing.assert_close(steps[schema.HIDDEN], full_pass(model.trunk, steps), atol=1e-5, rtol=0)
+
+
+def test_registration_leaves_task_environments_as_they_are(model, check_parity):
+    env = SerialEnv(3, workers(3))
+    check_parity(collect(env, actor_of(model, env), auto_register_policy_transforms=True), rows=3)
+    assert _compute_missing_env_transforms(env, model) == []
 
 
 @pytest.mark.timeout(120)

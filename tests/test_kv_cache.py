@@ -305,6 +305,48 @@ def test_a_copied_context_goes_on_by_itself(make_trunk, random_steps, full_pass)
         assert_equal(trunk(other[:, t].clone())[schema.HIDDEN], expected[1][:, t])
 
 
+@pytest.mark.parametrize("pieces", [[20], [1, 7, 12], [5, 5, 1, 1, 8], [19, 1]])
+def test_appended_steps_equal_single_ones(pieces, make_trunk, random_steps, step_by_step):
+    # contexts of 6 steps overflow, and tasks end inside the pieces, in each row elsewhere
+    steps = random_steps(3, 20, [[4, 17], [], [9]])
+    trunk, reference = make_trunk(window=6), make_trunk(window=6)
+    trunk.load_state_dict(reference.state_dict())
+    expected = step_by_step(reference, steps)
+    hidden = [trunk.append(piece.clone())[schema.HIDDEN] for piece in steps.split(pieces, 1)]
+    assert_equal(torch.cat(hidden, 1), expected)
+    assert torch.equal(trunk._cache.length, reference._cache.length)
+
+
+def test_an_agent_goes_on_after_a_history_that_it_did_not_play(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    steps = random_steps(4, 12, [[5]])
+    expected = full_pass(trunk, steps)
+    appended = trunk.append(steps[:, :8].reshape(2, 2, 8).clone())
+    assert_equal(appended[schema.HIDDEN], expected[:, :8].reshape(2, 2, 8, -1))
+    for t in range(8, 12):
+        assert_equal(trunk(steps[:, t].clone())[schema.HIDDEN], expected[:, t])
+
+
+def test_appending_takes_as_few_passes_as_it_can(make_trunk, random_steps, monkeypatch):
+    trunk = make_trunk()
+    calls = []
+    forward = trunk.backbone.forward
+    monkeypatch.setattr(trunk.backbone, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    trunk.append(random_steps(3, 20))
+    assert len(calls) == 1
+    trunk.append(random_steps(3, 20, [[4], [9], [9]]))
+    assert len(calls) == 4
+
+
+def test_appended_steps_are_of_one_stream_a_row(make_trunk, random_steps):
+    steps = random_steps(2, 5)
+    with pytest.raises(ValueError, match=r"steps must be \[\*, T\] to be appended"):
+        make_trunk().append(steps[0, 0])
+    steps[schema.STREAM][1, 3] = 7
+    with pytest.raises(ValueError, match="stream must be the same at all steps of a row, got 1001 and 7 in row 1"):
+        make_trunk().append(steps)
+
+
 def test_copies_that_cannot_be_made(make_trunk, random_steps):
     trunk = make_trunk()
     with pytest.raises(KeyError, match="sources must have contexts, got none at all"):

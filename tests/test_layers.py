@@ -12,13 +12,14 @@ PACKAGE = Path(torchrl_mouse.__file__).parent
 RANKS = {
     "schema": 0,
     "functional": 0,
-    "modules": 1,
-    "objectives": 1,
-    "data": 1,
-    "envs": 1,
-    "models": 2,
-    "evaluation": 3,
-    "recipes": 4,
+    "streams": 1,
+    "modules": 2,
+    "objectives": 2,
+    "data": 2,
+    "envs": 2,
+    "models": 3,
+    "evaluation": 4,
+    "recipes": 5,
 }
 MAX_LINES = 450
 

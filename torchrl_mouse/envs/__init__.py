@@ -3,7 +3,8 @@
 from torchrl_mouse.envs.dark_room import DARK_ROOM, DarkRoomEnv, oracle_policy, split_goals
 from torchrl_mouse.envs.frozen_lake import FrozenLakeEnv
 from torchrl_mouse.envs.task_env import TaskEnv
-from torchrl_mouse.envs.transforms import ClearContext, DecisionMask, StreamTracker
+from torchrl_mouse.envs.transforms import ClearContext, DecisionMask
+from torchrl_mouse.streams import StreamTracker
 
 __all__ = [
     "DARK_ROOM",

@@ -10,7 +10,7 @@ from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
 from torchrl_mouse import schema
-from torchrl_mouse.envs.transforms import draw_streams
+from torchrl_mouse.streams import draw_streams
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase

@@ -152,7 +152,7 @@ class KVCache:
                     "KVCache: a row in the middle of a task must have a context, got none for "
                     f"row {row} (stream {stream}). Its earlier steps did not pass through this module (a random "
                     "phase, another policy, a copy of the module, a call that failed, or more streams than max_streams="
-                    f"{self.max_streams}): reset the environment, or show the module every step of a task."
+                    f"{self.max_streams}): reset the environment, or append the missed steps (`Trunk.append`)."
                 )
 
     def _take(self, streams: list[int]) -> list[int]:

@@ -13,6 +13,7 @@ from torchrl_mouse.functional import segment_mask, segment_positions
 from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.embedding import MODALITIES
 from torchrl_mouse.modules.kv_cache import KVCache
+from torchrl_mouse.streams import StreamTracker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -211,8 +212,34 @@ class Trunk(TensorDictModuleBase):
             ValueError: a window does not fit, ids are out of range or of an unknown encoding.
             RuntimeError: (sequential) a row in the middle of a task has no context.
         """
-        hidden = self._window(tensordict) if recurrent_mode() else self._step(tensordict)
-        return tensordict.set(schema.HIDDEN, hidden)
+        if recurrent_mode():
+            return tensordict.set(schema.HIDDEN, self._window(tensordict))
+        hidden = self._append(tensordict.reshape(-1, 1))
+        return tensordict.set(schema.HIDDEN, hidden.reshape(*tensordict.shape, -1))
+
+    def append(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Appends several steps to each row's context at once, as stepping through them would, in few passes.
+
+        An agent is so shown a history that it did not play: of a demonstrator, of a random phase, or its own after
+        its contexts were lost.
+
+        Args:
+            tensordict: steps ``[*, T]``, none of them padding; a row's ``stream`` is constant, tasks may end in it.
+
+        Returns:
+            The same, with ``hidden`` ``[*, T, D]``.
+
+        Raises:
+            ValueError: no time dimension, or a row holds several streams; and as in sequential mode.
+        """
+        if tensordict.ndim == 0:
+            raise ValueError("Trunk: steps must be [*, T] to be appended, got no time dimension.")
+        hidden = self._append(tensordict.reshape(-1, tensordict.shape[-1]))
+        return tensordict.set(schema.HIDDEN, hidden.reshape(*tensordict.shape, -1))
+
+    def make_tensordict_primer(self) -> StreamTracker:
+        """Returns what an environment without streams needs, for TorchRL's automatic registration."""
+        return StreamTracker()
 
     def read(self, steps: TensorDictBase) -> dict[str, torch.Tensor]:
         """Reads the modalities of steps ``[*]``: ids and codes int64 ``[*]``, ``reward`` ``[*]``, others ``[*, C]``.
@@ -267,18 +294,38 @@ class Trunk(TensorDictModuleBase):
         return tokens.reshape(len(tokens), num, -1, tokens.shape[-1])[:, :, -1]  # (B, T, D)
 
     @torch.no_grad()
-    def _step(self, steps: TensorDictBase) -> torch.Tensor:
-        flat = steps.reshape(-1)
-        values = {name: value.unsqueeze(1) for name, value in self.read(flat).items()}
+    def _append(self, steps: TensorDictBase) -> torch.Tensor:  # [B, T]
+        num = steps.shape[1]
+        values = self.read(steps)
         if self.backbone is None:
-            return self._read_out(self.embedder(values).flatten(1, 2), 1).reshape(*steps.shape, -1)
+            return self._read_out(self.embedder(values).flatten(1, 2), num)
         if self._cache is None:
             self._cache = KVCache(self._new_kv_cache, window=self.window, max_streams=self.max_streams)
+        self._cache.max_streams = self.max_streams  # it may have been raised
+        stream = schema.require(steps, schema.STREAM, "integer").reshape(-1, num).cpu()
+        if (other := stream != stream[:, :1]).any():
+            row, step = other.nonzero()[0].tolist()
+            raise ValueError(
+                f"Trunk: stream must be the same at all steps of a row, got {stream[row, 0]} and {stream[row, step]} "
+                f"in row {row}. Append each stream's steps in a row of their own."
+            )
+        streams, starts = stream[:, 0].tolist(), schema.require(steps, schema.IS_INIT, "bool").reshape(-1, num).cpu()
+        hidden, begin = [], 0
+        while begin < num:  # In one pass what lies before the next task's start or full context in any row.
+            rows = self._cache.locate(streams, starts[:, begin].tolist())
+            self._make_room(rows, streams)
+            end = min(num, begin + self.window - int(self._cache.length[rows].max()))
+            later = starts[:, begin + 1 : end].any(0).nonzero()
+            end = begin + 1 + int(later[0]) if len(later) else end
+            some = {name: value[:, begin:end] for name, value in values.items()}
+            hidden.append(self._encode(rows, some, torch.full_like(rows, end - begin)))
+            begin = end
+        return torch.cat(hidden, 1)
+
+    def _make_room(self, rows: torch.Tensor, streams: list[int]) -> None:
+        """Brings contexts up to date with the weights, and leaves room for a step in each."""
         cache, version = self._cache, int(self.weight_version)
-        cache.max_streams = self.max_streams  # it may have been raised
-        streams = schema.require(flat, schema.STREAM, "integer").reshape(-1).tolist()
-        starts = schema.require(flat, schema.IS_INIT, "bool").reshape(-1).tolist()
-        rows = cache.locate(streams, starts)
+        assert cache is not None
         cache.version[rows[cache.length[rows] == 0]] = version
         if self.on_weight_update == "rebuild":
             self._rebuild(rows[cache.version[rows] != version], self.window)
@@ -292,7 +339,6 @@ class Trunk(TensorDictModuleBase):
                     f"(stream {streams[row]}). Raise window, or choose overflow='rebuild'."
                 )
             self._rebuild(rows[full], self.window // 2)
-        return self._encode(rows, values, torch.ones_like(rows))[:, 0].reshape(*steps.shape, -1)
 
     def _new_kv_cache(self, slots: int) -> Any:
         assert self.backbone is not None
