@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector
@@ -13,11 +16,17 @@ from torchrl.modules import EGreedyModule, QValueModule
 
 from torchrl_mouse import schema
 from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
+from torchrl_mouse.functional import vec_dqn_scores
 from torchrl_mouse.models import MouseConfig, MouseModel
-from torchrl_mouse.modules import DQNHead, StickyActions, SwiGLUHead
-from torchrl_mouse.modules.actors import make_actor
+from torchrl_mouse.modules import DQNHead, StickyActions, SwiGLUHead, VecDQNHead, VectorHead, make_actor
 
 SPECS = {"categorical": Categorical(5), "one-hot": OneHot(5, dtype=torch.int64)}
+HEADS = {
+    "swiglu": lambda: SwiGLUHead(16, 5),
+    "dqn": lambda: DQNHead(16, 5),
+    "vector": lambda: VectorHead(16, 5, vec_dim=4),
+    "vec_dqn": lambda: VecDQNHead(16, 5, vec_dim=2),
+}
 
 
 def scores_actor(spec, temperature=0.0, **options):
@@ -27,8 +36,26 @@ def scores_actor(spec, temperature=0.0, **options):
     return make_actor(trunk, head, spec, temperature=temperature, **options)
 
 
-def act(actor, scores):
-    return actor(TensorDict({schema.OBSERVATION: scores}, scores.shape[:-1]))
+def head_actor(network, spec, **options):
+    """An actor whose hidden state is the observation."""
+    trunk = TensorDictModule(torch.nn.Identity(), [schema.OBSERVATION], [schema.HIDDEN])
+    return make_actor(trunk, TensorDictModule(network, [schema.HIDDEN], ["head"]), spec, **options)
+
+
+def head_scores(network, hidden, mask=None):
+    output = network(hidden)
+    return vec_dqn_scores(output, mask) if output.ndim > hidden.ndim else output
+
+
+def random_mask(rows, actions):
+    """Allows at least one action in each row, and only one in some."""
+    mask = torch.rand(rows, actions) < 0.4
+    mask[torch.arange(rows), torch.randint(actions, (rows,))] = True
+    return mask
+
+
+def act(actor, scores, **entries):
+    return actor(TensorDict({schema.OBSERVATION: scores, **entries}, scores.shape[:-1]))
 
 
 def as_ids(action, kind):
@@ -143,13 +170,152 @@ def test_bad_temperature_and_head(make_model):
         make_model(dqn_head_kwargs=None).actor(SPECS["categorical"])
 
 
-@pytest.mark.parametrize("head_class", [SwiGLUHead, DQNHead])
-def test_number_of_actions_of_a_head_without_a_model(head_class):
-    trunk = TensorDictModule(torch.nn.Identity(), [schema.OBSERVATION], [schema.HIDDEN])
-    head = TensorDictModule(head_class(16, 3), [schema.HIDDEN], ["scores"])
-    with pytest.raises(ValueError, match=r"make_actor: the action space must have the head's 3 actions, got 5\."):
-        make_actor(trunk, head, Categorical(5))
-    assert act(make_actor(trunk, head, Categorical(3)), torch.randn(4, 16))[schema.ACTION].shape == (4,)
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_every_head_acts(name, kind, temperature):
+    network, hidden = HEADS[name](), torch.randn(256, 16)
+    scores = head_scores(network, hidden)
+    assert scores.shape == (256, 5)
+    actor = head_actor(network, SPECS[kind], temperature=temperature)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        out = act(actor, hidden)
+    assert torch.equal(as_ids(out[schema.ACTION], kind), scores.argmax(-1))
+    assert torch.equal(out["head"], network(hidden))
+    vectors = "vec" in name
+    assert ("vec_dqn_scores" in out) == vectors
+    if vectors:
+        assert torch.equal(out["vec_dqn_scores"], scores)
+    with set_exploration_type(ExplorationType.RANDOM):
+        drawn = as_ids(act(actor, hidden)[schema.ACTION], kind)
+    assert torch.equal(drawn, scores.argmax(-1)) == (temperature == 0)
+
+
+def test_vectors_are_drawn_from_the_softmax_of_their_scores():
+    network, hidden = VecDQNHead(16, 5, vec_dim=2), torch.randn(16)
+    out = act(head_actor(network, Categorical(5), temperature=2.0), hidden.expand(20_000, -1))
+    expected = (head_scores(network, hidden) / 2.0).softmax(-1)
+    observed = torch.bincount(out[schema.ACTION], minlength=5) / 20_000
+    torch.testing.assert_close(observed, expected, atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(("num_actions", "reference"), [(None, "greedy_action"), (3, "greedy_action_first3")])
+def test_vectors_choose_mouses_actions(num_actions, reference):
+    directory = Path(__file__).parent / "reference" / "models" / "llama_concat"
+    outputs, weights = (load_file(directory / f"{name}.safetensors") for name in ("outputs", "model"))
+    network, prefix = VecDQNHead(16, 5, vec_dim=2, hidden_dim=8), "vec_dqn_head."
+    network.load_state_dict({key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)})
+    actor = head_actor(network, Categorical(num_actions or 5), num_actions=num_actions)
+    assert act(actor, outputs["hidden"][:, -1])[schema.ACTION].tolist() == outputs[reference].tolist()
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_first_actions_only(name, temperature):
+    network, hidden = HEADS[name](), torch.randn(256, 16)
+    for spec in (Categorical(3), OneHot(3, dtype=torch.int64)):
+        actor = head_actor(network, spec, temperature=temperature, num_actions=3)
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            out = act(actor, hidden)
+        ids = out[schema.ACTION].argmax(-1) if isinstance(spec, OneHot) else out[schema.ACTION]
+        assert torch.equal(ids, head_scores(network, hidden)[:, :3].argmax(-1))
+        assert out["head"].shape[1] == 5
+        assert act(actor, hidden)[schema.ACTION].max() <= 2
+    assert (head_scores(network, hidden).argmax(-1) > 2).any()  # The others would have been chosen.
+
+
+def test_number_of_actions_must_be_the_spaces():
+    with pytest.raises(ValueError, match=r"make_actor: num_actions must be the action space's 5, got 3\."):
+        head_actor(DQNHead(16, 5), Categorical(5), num_actions=3)
+    with pytest.raises(ValueError, match=r"make_actor: num_actions must be the action space's 3, got 5\."):
+        head_actor(DQNHead(16, 5), Categorical(3), num_actions=5)
+    with pytest.raises(ValueError, match=r"make_actor: num_actions must be at most 5, got 6\."):
+        head_actor(VecDQNHead(16, 5, vec_dim=2), Categorical(6), num_actions=6)
+    with pytest.raises(TypeError, match=r"make_actor: num_actions must be an integer, got 3\.0\."):
+        head_actor(DQNHead(16, 5), Categorical(3), num_actions=3.0)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_number_of_actions_of_a_head_without_a_model(name):
+    with pytest.raises(ValueError, match=r"make_actor: the action space must have the head's 5 actions, got 3\."):
+        head_actor(HEADS[name](), Categorical(3))
+    assert act(head_actor(HEADS[name](), Categorical(5)), torch.randn(4, 16))[schema.ACTION].shape == (4,)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_allowed_actions(name, kind, temperature):
+    network, hidden, mask = HEADS[name](), torch.randn(512, 16), random_mask(512, 5)
+    key = ("agent", "allowed")
+    actor = head_actor(network, SPECS[kind], temperature=temperature, action_mask_key=key)
+    scores = head_scores(network, hidden, mask)
+    best = scores.masked_fill(~mask, -torch.inf).argmax(-1)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        out = act(actor, hidden, agent={"allowed": mask})
+    assert torch.equal(as_ids(out[schema.ACTION], kind), best)
+    assert not torch.equal(best, scores.argmax(-1))
+    assert torch.equal(out["head"], network(hidden))
+    if temperature == 0:
+        assert torch.equal(out["chosen_action_value"], scores.gather(-1, best.unsqueeze(-1)))
+    drawn = [as_ids(act(actor, hidden, agent={"allowed": mask})[schema.ACTION], kind) for _ in range(10)]
+    assert all(mask.gather(-1, ids.unsqueeze(-1)).all() for ids in drawn)
+    taken = torch.zeros_like(mask).scatter(-1, torch.stack(drawn, -1), True)
+    assert (taken.sum(-1) > 1).any() == (temperature > 0)  # It draws among the allowed.
+
+
+def test_masked_softmax_is_the_softmax_of_the_allowed():
+    scores, mask = torch.tensor([0.3, -0.4, 9.0, 0.0]), torch.tensor([True, True, False, True])
+    actor = scores_actor(Categorical(4), 0.5, action_mask_key=schema.ACTION_MASK)
+    out = act(actor, scores.expand(20_000, -1), action_mask=mask.expand(20_000, -1))
+    expected = (scores / 0.5).masked_fill(~mask, -torch.inf).softmax(-1)
+    observed = torch.bincount(out[schema.ACTION], minlength=4) / 20_000
+    torch.testing.assert_close(observed, expected, atol=0.015, rtol=0)
+    assert observed[2] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_vectors_outside_a_masked_space_move_no_score(temperature):
+    network, hidden, mask = VecDQNHead(16, 5, vec_dim=4), torch.randn(64, 16), random_mask(64, 3)
+    options = {"temperature": temperature, "num_actions": 3, "action_mask_key": schema.ACTION_MASK}
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        out = act(head_actor(network, Categorical(3), **options), hidden, action_mask=mask)
+    best = vec_dqn_scores(network(hidden)[:, :3], mask).masked_fill(~mask, -torch.inf).argmax(-1)
+    assert torch.equal(out[schema.ACTION], best)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_epsilon_greedy_takes_no_forbidden_action(kind, temperature):
+    spec, mask, hidden = SPECS[kind].clone(), random_mask(2000, 5), torch.randn(2000, 16)
+    options = {"action_mask_key": schema.ACTION_MASK}
+    explore = EGreedyModule(spec, eps_init=0.9, eps_end=0.9, annealing_num_steps=1, **options)
+    actor = head_actor(VecDQNHead(16, 5, vec_dim=2), SPECS[kind], temperature=temperature, **options)
+    ids = as_ids(act(TensorDictSequential(actor, explore), hidden, action_mask=mask)[schema.ACTION], kind)
+    assert mask.gather(-1, ids.unsqueeze(-1)).all()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        best = as_ids(act(actor, hidden, action_mask=mask)[schema.ACTION], kind)
+    assert (ids != best).float().mean() > 0.2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["dqn", "vec_dqn"])
+def test_bad_masks(name, temperature):
+    hidden = torch.randn(4, 16)
+    actor = head_actor(HEADS[name](), Categorical(5), temperature=temperature, action_mask_key=schema.ACTION_MASK)
+    with pytest.raises(KeyError, match=r"entry 'action_mask' must be present"):
+        act(actor, hidden)
+    with pytest.raises(TypeError, match=r"entry 'action_mask' must be of bool type, got torch\.float32"):
+        act(actor, hidden, action_mask=torch.ones(4, 5))
+    with pytest.raises(
+        ValueError, match=r"'action_mask' must hold a flag for each of the space's 5 actions, got shape"
+    ):
+        act(actor, hidden, action_mask=torch.ones(4, 1, dtype=torch.bool))
+    # A frame at which nothing can be done, such as an episode's end, does not stop the other rows.
+    mask = torch.tensor([[False] * 5, *[[False, True, False, False, False]] * 3])
+    ids = act(actor, hidden, action_mask=mask)[schema.ACTION]
+    assert (ids[1:] == 1).all()
+    assert 0 <= ids[0] < 5
 
 
 def frames(rows, action, previous, step=1):

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.envs import TransformedEnv
 
-from torchrl_mouse.data import DatasetStore, JitterObservation, replay_buffer
-from torchrl_mouse.envs import DarkRoomEnv
+from torchrl_mouse import schema
+from torchrl_mouse.data import DatasetStore, JitterObservation, RandomSymmetry, replay_buffer
+from torchrl_mouse.envs import DarkRoomEnv, TaskEnv, grid_symmetries
 
 
 def windows(batch=4, steps=5, size=2):
@@ -90,3 +91,55 @@ def test_an_environment_is_refused():
 def test_missing_observation():
     with pytest.raises(KeyError, match="entry 'observation' must be present"):
         JitterObservation(scale=0.1)(TensorDict({"action": torch.zeros(2, 3)}, [2, 3]))
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_a_turned_window_is_what_the_turned_task_gives(index):
+    observation_maps, action_maps = grid_symmetries()
+    symmetry = RandomSymmetry(observation_maps[[index]], action_maps[[index]])
+    goals = torch.arange(81)
+    cells = DarkRoomEnv(goals)._position  # (81, 2)
+    turned_goals = ((cells @ observation_maps[index].T).unsqueeze(1) == cells).all(-1).long().argmax(-1)
+    assert turned_goals.sort().values.tolist() == goals.tolist()
+
+    def play(goals, actions):
+        env = TaskEnv(DarkRoomEnv(goals, max_steps=6, teacher=True), episodes_per_task=20)
+        policy = iter(actions.unbind(1))
+        return env.rollout(actions.shape[1], lambda td: td.set("action", next(policy)))
+
+    actions = torch.randint(5, (81, 30), generator=torch.Generator().manual_seed(index))
+    expected = play(turned_goals, action_maps[index][actions])
+    turned = symmetry(play(goals, actions))
+    assert expected[schema.PREVIOUS_REWARD].sum() > 10
+    keys = [schema.OBSERVATION, schema.ACTION, schema.PREVIOUS_ACTION, schema.PREVIOUS_REWARD, schema.Q_STAR]
+    for key in [*keys, *(("next", *(key if isinstance(key, tuple) else (key,))) for key in keys if key != "action")]:
+        torch.testing.assert_close(turned[key], expected[key], msg=str(key))
+
+
+def test_the_eight_symmetries_are_distinct_and_each_is_drawn():
+    observation_maps, action_maps = grid_symmetries()
+    assert len(observation_maps.flatten(1).unique(dim=0)) == len(action_maps.unique(dim=0)) == 8
+    steps = TensorDict({"action": torch.arange(5).expand(200, 1, 5).reshape(200, 5)}, [200, 5])
+    drawn = RandomSymmetry(observation_maps, action_maps)(steps)["action"]
+    assert len(drawn.unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("observation_maps", "action_maps", "match"),
+    [
+        (torch.ones(1, 2, 3), torch.arange(3)[None], r"observation_maps must be \[K, C, C\], got \(1, 2, 3\)"),
+        (torch.ones(2, 2, 2), torch.arange(3)[None], r"action_maps must be \[K, A\] with K=2, got \(1, 3\)"),
+        (torch.ones(1, 2, 2), torch.tensor([[0, 0, 2]]), r"permutation of 0 to 2, got \[\[0, 0, 2\]\]"),
+    ],
+)
+def test_symmetries_that_cannot_be(observation_maps, action_maps, match):
+    with pytest.raises(ValueError, match=match):
+        RandomSymmetry(observation_maps, action_maps)
+
+
+def test_symmetries_of_other_shapes_and_places():
+    symmetry = RandomSymmetry(*grid_symmetries())
+    with pytest.raises(ValueError, match=r"windows must be \[B, T\], got \(3,\)"):
+        symmetry(TensorDict({"action": torch.zeros(3, dtype=torch.int64)}, [3]))
+    with pytest.raises(NotImplementedError, match="RandomSymmetry: must be a transform of a replay buffer"):
+        TransformedEnv(DarkRoomEnv([0]), symmetry).reset()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import math
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
 
 from torchrl_mouse.modules import CausalBackbone, KeyValues
+from torchrl_mouse.modules import backbone as backbone_module
+from torchrl_mouse.modules.backbone import FAMILIES
 
 KINDS = {
     "llama": ("llama", {"num_heads": 4}),
@@ -98,6 +102,49 @@ def test_cached_equals_full(kind, per_step, dtype, atol):
         out, returned = backbone(tokens[:, begin : begin + per_step], positions, kv_cache=cache)
         assert returned is cache
         assert_equal(out, full[:, begin : begin + per_step], atol)
+
+
+ROPES = {
+    "base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 20,
+        }
+    },
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},
+    "old base": {"rope_theta": 500.0},
+    "old scaling": {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}},
+}
+
+
+@pytest.mark.parametrize("kind", ["llama grouped", "qwen3 grouped"])
+@pytest.mark.parametrize("options", ROPES.values(), ids=ROPES)
+def test_scaled_positions(options, kind):
+    backbone = make(kind, **copy.deepcopy(options))
+    tokens = torch.randn(2, 12, 16)
+    full, _ = backbone(tokens)
+    expected = reference(kind, backbone, **copy.deepcopy(options))(inputs_embeds=tokens).last_hidden_state
+    assert_equal(full, expected)
+    plain = make(kind)
+    plain.load_state_dict(backbone.state_dict())
+    assert (plain(tokens)[0] - full).abs().max() > 1e-2, "the option must matter"
+    cache = backbone.new_kv_cache(2)
+    for t in range(12):
+        out, _ = backbone(tokens[:, t : t + 1], torch.full((2, 1), t), kv_cache=cache)
+        assert_equal(out[:, 0], full[:, t])
+
+
+def test_options_are_not_written_to():
+    options = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    given = dict(options)
+    CausalBackbone(16, num_layers=1, num_heads=2, rope_parameters=given)
+    assert given == options
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,6 +245,16 @@ def test_positions_are_needed_with_a_cache():
         ({"num_heads": 3}, "num_heads must divide hidden_dim=16, got 3"),
         ({"num_heads": 16}, "head_dim must be even, got 1"),
         ({"kind": "qwen3", "head_dim": 3}, "head_dim must be even, got 3"),
+        (
+            {"kind": "llama", "hidden_dim": 18, "num_heads": 4, "head_dim": 8},
+            "num_heads must divide hidden_dim=18, got 4",
+        ),
+        ({"num_hidden_layers": 2}, "num_layers and num_hidden_layers must be the same, got 1 and 2"),
+        ({"num_attention_heads": 4}, "num_heads and num_attention_heads must be the same, got 2 and 4"),
+        ({"kind": "qwen3", "use_sliding_window": True}, "use_sliding_window must be false, got True"),
+        ({"hidden_act": "swash"}, "hidden_act must be an activation of transformers, got 'swash'"),
+        ({"hidden_act": []}, r"hidden_act must be an activation of transformers, got \[\]"),
+        ({"initializer_range": 3.0}, "options must make a configuration.* smaller or equal to 1.0, got 3.0"),
         ({"num_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads must divide num_heads=4, got 3"),
         *[({name: 0}, f"{name} must be at least 1, got 0") for name in OPTIONAL_SIZES],
         *[({name: -2}, f"{name} must be at least 1, got -2") for name in OPTIONAL_SIZES],
@@ -207,6 +264,118 @@ def test_positions_are_needed_with_a_cache():
 def test_bad_options(options, match):
     with pytest.raises(ValueError, match=match):
         CausalBackbone(**{"hidden_dim": 16, "num_layers": 1, "num_heads": 2, **options})
+
+
+ABSURD = [
+    *[({name: 2**24 + 2}, f"{name} must be at most 16777216, got 16777218") for name in OPTIONAL_SIZES],
+    ({"hidden_dim": 2**24 + 2}, "hidden_dim must be at most 16777216, got 16777218"),
+    ({"num_heads": 2**24 + 2}, "num_heads must be at most 16777216, got 16777218"),
+    ({"num_layers": 4097}, "num_layers must be at most 4096, got 4097"),
+    ({"num_layers": None, "num_hidden_layers": 10**9}, "num_layers must be at most 4096, got 1000000000"),
+    ({"expand": 2**21}, r"expand \* hidden_dim must be at most 16777216, got 33554432"),
+    ({"hidden_dim": 2**20}, r"at most 1e\+11 parameters, got 1.8e\+13 of hidden_dim=1048576, num_layers=1"),
+    ({"hidden_dim": 2**14, "num_layers": 4096}, r"parameters, got 1.8e\+13 of .*num_layers=4096"),
+    ({"hidden_dim": 2**14, "intermediate_size": 2**24}, r"parameters, got 8.3e\+11 of .*intermediate_size=16777216"),
+    ({"hidden_dim": 2**14, "head_dim": 2**22, "kind": "qwen3"}, r"parameters, got 5.5e\+11 of .*head_dim=4194304"),
+    ({"hidden_dim": 2**14, "head_dim": 2, "num_heads": 2**22, "kind": "qwen3"}, r"got 5.5e\+11 of .*num_heads=4194304"),
+]
+
+
+@pytest.mark.parametrize(("options", "match"), ABSURD, ids=str)
+def test_absurd_sizes_are_refused_before_memory_is_taken(options, match, monkeypatch):
+    def build(*_, **__):
+        pytest.fail("nothing may be built")
+
+    monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"]._replace(config=build, model=build))
+    monkeypatch.setitem(FAMILIES, "qwen3", FAMILIES["qwen3"]._replace(config=build, model=build))
+    with pytest.raises(ValueError, match=match):
+        CausalBackbone(**{"hidden_dim": 16, "num_layers": 1, "num_heads": 2, **options})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_estimated_number_of_parameters(kind, monkeypatch):
+    """The limit counts the matrices of all layers."""
+    backbone = make(kind)
+    counted = sum(weight.numel() for weight in backbone.model.layers.parameters() if weight.ndim == 2)
+    monkeypatch.setattr(backbone_module, "MAX_PARAMETERS", counted)
+    make(kind)
+    monkeypatch.setattr(backbone_module, "MAX_PARAMETERS", counted - 1)
+    with pytest.raises(ValueError, match="sizes must make at most"):
+        make(kind)
+
+
+BAD_POSITIONS = {
+    "dynamic": ({"rope_type": "dynamic", "factor": 2.0}, ValueError, "rope_type must be one of default, .*'dynamic'"),
+    "longrope": (
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0},
+        ValueError,
+        "rope_type must be one of default, linear, llama3, yarn, got 'longrope'",
+    ),
+    "unknown": ({"rope_type": "spiral"}, ValueError, "rope_type must be one of .* got 'spiral'"),
+    "no word": ({"rope_type": ["linear"]}, ValueError, r"rope_type must be one of .* got \['linear'\]"),
+    "no factor": ({"rope_type": "linear"}, ValueError, "options must make a configuration .*Missing required keys"),
+    "no object": (5, TypeError, "options must make a configuration of transformers"),
+    "base of text": ({"rope_theta": "big"}, TypeError, "options must make a configuration of transformers"),
+    "base zero": ({"rope_theta": 0.0}, ValueError, "rope_parameters must give finite, positive frequencies"),
+    "base infinite": ({"rope_theta": math.inf}, ValueError, "rope_parameters must give finite, positive frequencies"),
+    "negative factor": (
+        {"rope_type": "linear", "factor": -1.0},
+        ValueError,
+        "rope_parameters must give finite, positive frequencies",
+    ),
+    "division by zero": (
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0},
+        ValueError,
+        "options must make a configuration of transformers, got: division by zero",
+    ),
+    "attention of text": (
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": "x"},
+        TypeError,
+        "options must make a configuration of transformers",
+    ),
+    "part of a head": (
+        {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5},
+        ValueError,
+        "rope_parameters must give finite, positive frequencies for the whole head",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize(("rope", "error", "match"), BAD_POSITIONS.values(), ids=BAD_POSITIONS)
+def test_bad_positions(rope, error, match, kind):
+    with pytest.raises(error, match=match):
+        CausalBackbone(16, kind, num_layers=1, num_heads=2, head_dim=8, rope_parameters=rope)
+
+
+def test_positions_per_kind_of_layer():
+    with pytest.raises(ValueError, match="rope_type must be one of .* got None"):
+        CausalBackbone(16, "qwen3", num_layers=1, num_heads=2, rope_parameters={"full_attention": {"factor": 2.0}})
+
+
+def test_positions_are_said_in_one_way():
+    with pytest.raises(ValueError, match="rope_parameters must hold all about positions, got rope_theta besides"):
+        CausalBackbone(16, num_layers=1, num_heads=2, rope_theta=5.0, rope_parameters={"rope_theta": 6.0})
+
+
+def test_options_of_wrong_type():
+    with pytest.raises(TypeError, match="'attention_bias' expected bool, got str"):
+        CausalBackbone(16, num_layers=1, num_heads=2, attention_bias="yes")
+
+
+def test_missing_sizes():
+    with pytest.raises(TypeError, match="num_layers or num_hidden_layers must be given, got neither"):
+        CausalBackbone(16, num_heads=2)
+    with pytest.raises(TypeError, match="num_heads or num_attention_heads must be given, got neither"):
+        CausalBackbone(16, num_layers=2)
+
+
+@pytest.mark.parametrize(("options", "kind"), [({}, "llama"), ({"head_dim": 8}, "qwen3")])
+def test_kind_by_default(options, kind):
+    backbone = CausalBackbone(16, num_hidden_layers=1, num_attention_heads=2, use_sliding_window=False, **options)
+    assert (backbone.kind, backbone.num_layers, backbone.num_heads) == (kind, 1, 2)
+    named = CausalBackbone(16, num_layers=1, num_hidden_layers=1, num_heads=2, kind="llama", **options)
+    assert (named.kind, named.head_dim) == ("llama", 8)
 
 
 @pytest.mark.parametrize("value", ["2", True, 2.0])
@@ -226,7 +395,7 @@ def test_unknown_options(kind, option, nearest):
         CausalBackbone(16, kind, num_layers=1, num_heads=2, **{option: 0.5})
 
 
-@pytest.mark.parametrize("option", ["hidden_size", "vocab_size", "use_cache"])
+@pytest.mark.parametrize("option", ["hidden_size", "vocab_size", "use_cache", "return_dict", "layer_types"])
 def test_options_that_are_not_the_users(option):
     with pytest.raises(TypeError, match=f"unknown option '{option}'"):
         CausalBackbone(16, num_layers=1, num_heads=2, **{option: 1})

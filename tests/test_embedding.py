@@ -1,4 +1,4 @@
-"""The step embedder: scale, absent times, and errors that name what is wrong."""
+"""The step embedder: scale, modalities left out, absent times, and errors that name what is wrong."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from torchrl_mouse.modules import StepEmbedder, TokenType
+from torchrl_mouse.modules.embedding import FourierEmbedder, LinearEmbedder
 
 MODALITIES = ("time", "action", "continuous", "discrete", "image", "reward", "done")
 SIZES = {
@@ -16,6 +17,15 @@ SIZES = {
     "image": {"max_num_obs_image": 100},
     "reward": {"include_reward_token": True},
     "done": {"include_done_token": True},
+}
+INCLUDE = {
+    "time": "include_time_token",
+    "action": "include_action_token",
+    "continuous": "include_obs_continuous",
+    "discrete": "include_obs_discrete",
+    "image": "include_obs_image",
+    "reward": "include_reward_token",
+    "done": "include_done_token",
 }
 
 
@@ -45,6 +55,62 @@ def test_initial_scale_is_the_same_for_all(modality, std, encoder):
     embedder = make(modality, hidden_dim=1000, std=std, continuous_encoder=encoder, include_type_token=False)
     # the smallest sample is that of "done": 3 vectors of 1000 numbers, standard error of the scale 1.3 %
     assert embedder(draw(400)).std().item() == pytest.approx(std, rel=0.08)
+
+
+@pytest.mark.parametrize("encoder", ["fourier", "linear"])
+@pytest.mark.parametrize("size", [1, 3, 50])
+def test_initial_scale_depends_on_no_size(size, encoder):
+    sizes = {f"max_num_{name}": size for name in ("obs_continuous", "action_continuous", "obs_image", "obs_discrete")}
+    embedder = StepEmbedder(
+        4000,
+        **sizes,
+        include_reward_token=False,
+        include_done_token=False,
+        include_type_token=False,
+        concat_modalities=True,
+        continuous_encoder=encoder,
+        std=0.5,
+    )
+    steps = {
+        "action": torch.randn(1000, size),
+        "continuous": torch.randn(1000, size),
+        "image": torch.randint(256, (1000, size)),
+        "discrete": torch.randint(size, (1000,)),
+    }
+    scales = embedder(steps).transpose(0, 1).flatten(1).std(1).tolist()
+    assert scales == pytest.approx([0.5] * 4, rel=0.08)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_initial_scale_of_fourier_features_depends_on_no_scale_of_the_inputs(scale):
+    embedder = StepEmbedder(
+        4000,
+        max_num_action_continuous=2,
+        max_num_obs_continuous=3,
+        include_done_token=False,
+        include_type_token=False,
+        concat_modalities=True,
+        std=0.5,
+    )
+    steps = {"action": torch.randn(100, 2), "continuous": torch.randn(100, 3), "reward": torch.randn(100)}
+    tokens = embedder({name: value * scale for name, value in steps.items()})
+    assert tokens.transpose(0, 1).flatten(1).std(1).tolist() == pytest.approx([0.5] * 3, rel=0.08)
+
+
+@pytest.mark.parametrize(("encoder", "kind"), [("fourier", FourierEmbedder), ("linear", LinearEmbedder)])
+def test_continuous_action(encoder, kind):
+    embedder = make("reward", max_num_action_continuous=3, continuous_encoder=encoder, concat_modalities=True)
+    assert isinstance(embedder.action_embedder, kind)
+    assert embedder.token_types == [TokenType.ACTION, TokenType.REWARD]
+    steps = {"action": torch.randn(4, 3), "reward": torch.randn(4)}
+    expected = embedder.action_embedder(steps["action"]) + embedder.type_embedder.embed.weight[TokenType.ACTION]
+    assert torch.equal(embedder(steps)[:, 0], expected)
+    for index in range(3):  # each number counts
+        changed = steps["action"].clone()
+        changed[:, index] += 1
+        assert (embedder({**steps, "action": changed}) - embedder(steps)).abs().amax(-1)[:, 0].min() > 1e-4
+    with pytest.raises(ValueError, match=r"modality 'action' must be \[\*, 3\], got \(4, 2\)"):
+        embedder({**steps, "action": torch.randn(4, 2)})
 
 
 def test_type_and_compute_tokens_have_that_scale_too():
@@ -139,7 +205,17 @@ def test_missing_modality(modality):
         ({"max_num_time_steps": -1}, ValueError, "max_num_time_steps must be at least 0, got -1"),
         ({"max_num_actions": "5"}, TypeError, "max_num_actions must be an integer, got '5'"),
         ({"hidden_dim": 16.0}, TypeError, r"hidden_dim must be an integer, got 16\.0"),
-        ({"include_action_token": True}, ValueError, "max_num_actions must be at least 1 for an included modality"),
+        ({"max_num_action_continuous": -1}, ValueError, "max_num_action_continuous must be at least 0, got -1"),
+        (
+            {"max_num_actions": 3, "max_num_action_continuous": 2},
+            ValueError,
+            "at most one of max_num_actions and max_num_action_continuous must be given, got 3 and 2",
+        ),
+        (
+            {"include_action_token": True},
+            ValueError,
+            "max_num_actions or max_num_action_continuous must be at least 1 for an included modality",
+        ),
         ({"include_time_token": True}, ValueError, "max_num_time_steps must be at least 1 for an included modality"),
         ({"include_obs_image": True}, ValueError, "max_num_obs_image must be at least 1 for an included modality"),
         (
@@ -156,13 +232,45 @@ def test_bad_options(options, error, match):
         StepEmbedder(**{"hidden_dim": 16, **options})
 
 
-@pytest.mark.parametrize("modality", ["action", "time", "continuous", "discrete", "image"])
-def test_a_modality_with_a_size_can_be_left_out(modality):
-    include = (
-        f"include_obs_{modality}" if modality in ("continuous", "discrete", "image") else f"include_{modality}_token"
+@pytest.mark.parametrize("continuous_action", [False, True])
+@pytest.mark.parametrize("concat", [False, True])
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_a_modality_can_be_left_out(modality, concat, continuous_action):
+    sizes = {name: size for options in SIZES.values() for name, size in options.items()}
+    steps, other = draw(8), draw(8)
+    if continuous_action:
+        sizes["max_num_actions"], sizes["max_num_action_continuous"] = 0, 3
+        steps["action"], other["action"] = torch.randn(8, 3), torch.randn(8, 3)
+    whole = StepEmbedder(16, **sizes, concat_modalities=concat)
+    without = StepEmbedder(16, **{**sizes, INCLUDE[modality]: False}, concat_modalities=concat)
+    assert list(without.modalities) == [name for name in MODALITIES if name != modality]
+    gone = set(whole.state_dict()) - set(without.state_dict())
+    attribute = next(name for name, module in whole.named_children() if module is whole.modalities[modality])
+    assert gone == {f"{attribute}.{name}" for name in whole.modalities[modality].state_dict()} != set()
+    assert set(without.state_dict()) < set(whole.state_dict())
+
+    changed = {**steps, modality: other[modality]}
+    assert not torch.equal(whole(changed), whole(steps))
+    assert torch.equal(without(changed), without(steps))
+    del changed[modality]
+    assert torch.equal(without(changed), without(steps))
+    # what is left is what it was
+    without.load_state_dict({name: value for name, value in whole.state_dict().items() if name not in gone})
+    if concat:
+        kept = [index for index, name in enumerate(MODALITIES) if name != modality]
+        assert torch.equal(without(steps), whole(steps)[:, kept])
+
+
+def test_type_tokens_can_be_left_out():
+    typed, plain = (
+        make(*MODALITIES, concat_modalities=True),
+        make(*MODALITIES, concat_modalities=True, include_type_token=False),
     )
-    assert modality not in make("reward", modality, **{include: False}).modalities
-    assert modality in make("reward", modality).modalities
+    assert set(typed.state_dict()) - set(plain.state_dict()) == {"type_embedder.embed.weight"}
+    plain.load_state_dict(typed.state_dict(), strict=False)
+    kinds = typed.type_embedder.embed.weight[typed.token_types]
+    steps = draw(5)
+    torch.testing.assert_close(typed(steps), plain(steps) + kinds)
 
 
 @pytest.mark.parametrize(("modality", "right"), [("continuous", 30), ("image", 100)])

@@ -1,19 +1,23 @@
 """Pure tensor maths against loops and closed forms."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from torchrl_mouse.functional import (
     conservative_penalty,
+    rope_rotate,
     segment_mask,
     segment_positions,
     td_target,
     teacher_cross_entropy,
+    vec_dqn_scores,
 )
 
 INF, NAN = float("inf"), float("nan")
@@ -141,3 +145,103 @@ def test_rows_without_teacher_cost_nothing(nothing, smoothing):
     assert (logits.grad[0] == 0).all()
     assert logits.grad[1].isfinite().all()
     assert (logits.grad[1] != 0).all()
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Vectors of size 2 and 4, their scores and their rotations by ``theta``, computed by MOUSE."""
+    return load_file(Path(__file__).parent / "reference_vec_dqn" / "scores.safetensors")
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_rotations_and_scores_equal_mouses(reference, size):
+    vectors = reference[f"vecs{size}"]
+    rotated = rope_rotate(vectors, reference["theta"])
+    torch.testing.assert_close(rotated, reference[f"rotated{size}"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(vec_dqn_scores(vectors), reference[f"scores{size}"], atol=1e-5, rtol=0)
+
+
+def random_vectors(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def signed_angle(start, end):
+    """The second of two actions is ahead of the first by their angle."""
+    return vec_dqn_scores(torch.stack((start, end), -2))[..., 1]
+
+
+vectors_of_actions = st.tuples(st.integers(1, 5), st.sampled_from([2, 4, 6]), st.integers(0, 10_000)).map(
+    lambda drawn: random_vectors(7, drawn[0], drawn[1], seed=drawn[2])
+)
+angles = st.floats(-10, 10)
+
+
+@property_test
+@given(vectors_of_actions, angles)
+def test_rotation_keeps_the_norm_and_has_an_inverse(vectors, theta):
+    theta = torch.full(vectors.shape[:-1], theta, dtype=vectors.dtype)
+    rotated = rope_rotate(vectors, theta)
+    torch.testing.assert_close(rotated.norm(dim=-1), vectors.norm(dim=-1))
+    torch.testing.assert_close(rope_rotate(rotated, -theta), vectors)
+
+
+@property_test
+@given(vectors_of_actions, angles, angles)
+def test_rotations_add_up(vectors, first, second):
+    first, second = (torch.full(vectors.shape[:-1], angle, dtype=vectors.dtype) for angle in (first, second))
+    torch.testing.assert_close(rope_rotate(rope_rotate(vectors, first), second), rope_rotate(vectors, first + second))
+
+
+@property_test
+@given(vectors_of_actions, angles)
+def test_rotating_a_vector_shifts_its_angle_to_the_others(vectors, theta):
+    other = random_vectors(*vectors.shape, seed=20_000)
+    rotated = rope_rotate(vectors, torch.tensor(theta, dtype=vectors.dtype).expand(vectors.shape[:-1]))
+    shift = signed_angle(other, rotated) - signed_angle(other, vectors) - theta
+    torch.testing.assert_close(shift.cos(), torch.ones_like(shift))  # a whole number of turns
+    torch.testing.assert_close(shift.sin(), torch.zeros_like(shift))
+
+
+@property_test
+@given(vectors_of_actions)
+def test_scores_are_sums_of_signed_angles(vectors):
+    pairs = [[signed_angle(i, a) for a in vectors.unbind(-2)] for i in vectors.unbind(-2)]
+    angle = torch.stack([torch.stack(row, -1) for row in pairs], -2)
+    torch.testing.assert_close(angle, -angle.mT)
+    scores = vec_dqn_scores(vectors)
+    torch.testing.assert_close(scores, angle.sum(-2))
+    torch.testing.assert_close(scores.sum(-1), torch.zeros_like(scores.sum(-1)), atol=1e-10, rtol=0)
+
+
+@property_test
+@given(vectors_of_actions, st.floats(0.01, 100), angles)
+def test_scores_depend_on_relative_directions_only(vectors, length, theta):
+    everything = torch.full(vectors.shape[:-1], theta, dtype=vectors.dtype)
+    torch.testing.assert_close(vec_dqn_scores(rope_rotate(length * vectors, everything)), vec_dqn_scores(vectors))
+
+
+def test_actions_that_are_not_allowed_move_no_score():
+    vectors, mask = random_vectors(4, 5, 4), torch.tensor([True, False, True, True, False])
+    scores = vec_dqn_scores(vectors, mask.expand(4, 5))
+    torch.testing.assert_close(scores[:, mask], vec_dqn_scores(vectors[:, mask]))
+    assert not torch.allclose(vec_dqn_scores(vectors)[:, mask], scores[:, mask])
+    torch.testing.assert_close(vec_dqn_scores(vectors, torch.ones(4, 5, dtype=torch.bool)), vec_dqn_scores(vectors))
+    rows = torch.stack([mask, ~mask, mask, mask])  # Every row has a mask of its own.
+    torch.testing.assert_close(vec_dqn_scores(vectors, rows)[1, ~mask], vec_dqn_scores(vectors[1, ~mask]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [0.0, 1e-40, 1e-20])
+def test_vectors_without_direction_do_no_harm(length, dtype):
+    vectors = random_vectors(3, 4, 2).to(dtype)
+    vectors[:, :2] *= length
+    vectors.requires_grad_()
+    scores = vec_dqn_scores(vectors)
+    with torch.autograd.set_detect_anomaly(True):
+        scores.square().sum().backward()
+    assert scores.isfinite().all()
+    assert vectors.grad.isfinite().all()
+    assert (vectors.grad[:, 2:] != 0).all()
+    if length == 0:
+        assert (scores[:, :2] == 0).all()
+        assert (vectors.grad[:, :2] == 0).all()

@@ -17,9 +17,11 @@ RANKS = {
     "objectives": 2,
     "data": 2,
     "envs": 2,
-    "models": 3,
-    "evaluation": 4,
-    "recipes": 5,
+    "config": 3,
+    "checkpoints": 3,
+    "models": 4,
+    "evaluation": 5,
+    "recipes": 6,
 }
 MAX_LINES = 450
 

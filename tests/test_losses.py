@@ -25,7 +25,7 @@ NAN, INF = float("nan"), float("inf")
 
 def make_model(seed=0, **backbone):
     torch.manual_seed(seed)
-    backbone = backbone or {"backbone": "llama", "backbone_kwargs": {"num_layers": 1, "num_heads": 2, "expand": 1}}
+    backbone = backbone or {"backbone_kwargs": {"num_layers": 1, "num_heads": 2, "expand": 1}}
     return MouseModel(
         MouseConfig(
             hidden_dim=16,

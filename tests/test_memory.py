@@ -32,7 +32,7 @@ torch.manual_seed(0)
 env = SerialEnv({rows}, [partial(make_env, seed) for seed in range({rows})])
 embedding = {{"max_num_actions": 5, "max_num_obs_continuous": 2, "num_compute_tokens": {tokens} - 1}}
 backbone = {{"num_layers": 4, "num_heads": 4, "head_dim": 256, "max_position_embeddings": {steps} * {tokens}}}
-config = {{"embedding_kwargs": embedding, "backbone": "qwen3", "backbone_kwargs": backbone, "dqn_head_kwargs": {{}}}}
+config = {{"embedding_kwargs": embedding, "backbone_kwargs": backbone, "dqn_head_kwargs": {{}}}}
 model = MouseModel(MouseConfig(16, window={window}, **config))
 collector = Collector(env, model.actor(env.action_spec_unbatched), frames_per_batch={frames}, total_frames=2 * {frames})
 sizes, shapes = [], set()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,8 @@ from torchrl.data import Categorical, OneHot
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import SoftUpdate
 
-from torchrl_mouse import models, schema
+from torchrl_mouse import checkpoints, schema
+from torchrl_mouse.functional import vec_dqn_scores
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.objectives import MouseDQNLoss
 from torchrl_mouse.schema import from_mouse_records
@@ -23,11 +25,15 @@ TINY = {
     "hidden_dim": 16,
     "window": 8,
     "embedding_kwargs": EMBEDDING,
-    "backbone_kwargs": {"num_layers": 1, "num_heads": 2, "expand": 1},
+    "backbone_kwargs": {"kind": "llama", "num_layers": 1, "num_heads": 2, "expand": 1},
     "dqn_head_kwargs": {"hidden_dim": 8},
     "sp_head_kwargs": {"num_layers": 1},
 }
 FILES = ["config.json", "model.safetensors"]
+BACKBONES = {"llama": TINY["backbone_kwargs"], "qwen3": {**TINY["backbone_kwargs"], "kind": "qwen3"}, "none": None}
+EVERY_HEAD = {f"{name}_head_kwargs": {"hidden_dim": 8} for name in ("dqn", "sp", "sv")} | {
+    "vec_dqn_head_kwargs": {"hidden_dim": 8, "vec_dim": 2}
+}
 
 
 def make_model(seed=0, **options):
@@ -64,14 +70,16 @@ def same_weights(one, other):
     return all(torch.equal(ours[name], theirs[name]) for name in ours if name != "trunk.weight_version")
 
 
-@pytest.mark.parametrize("backbone", ["llama", "qwen3", None])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_forward_writes_hidden_and_every_head(backbone):
-    model = make_model(backbone=backbone)
+    model = make_model(backbone_kwargs=BACKBONES[backbone], **EVERY_HEAD)
     out = run(model, make_steps())
-    assert model.out_keys == ["hidden", "dqn", "sp"]
+    assert model.out_keys == ["hidden", "vec_dqn", "dqn", "sp", "sv"]
     assert out["hidden"].shape == (2, 5, 16)
-    assert out["dqn"].shape == out["sp"].shape == (2, 5, 3)
+    assert out["dqn"].shape == out["sp"].shape == out["sv"].shape == (2, 5, 3)
+    assert out["vec_dqn"].shape == (2, 5, 3, 2)
     assert torch.equal(out["dqn"], model.dqn_head.online(out["hidden"]))
+    assert torch.equal(out["vec_dqn"], model.vec_dqn_head.online(out["hidden"]))
     assert torch.equal(out["sp"], model.sp_head(out["hidden"]))
 
 
@@ -110,7 +118,14 @@ def test_missing_head():
 
 @pytest.mark.parametrize(
     ("options", "head", "expected"),
-    [({}, None, "dqn"), ({"action_head": "sp"}, None, "sp"), ({}, "sp", "sp"), ({"dqn_head_kwargs": None}, None, "sp")],
+    [
+        ({}, None, "dqn"),
+        ({"action_head": "sp"}, None, "sp"),
+        ({}, "sp", "sp"),
+        ({"dqn_head_kwargs": None}, None, "sp"),
+        ({"dqn_head_kwargs": {"num_layers": 0}}, None, "sp"),
+        ({**EVERY_HEAD, "sp_head_kwargs": None, "dqn_head_kwargs": None, "vec_dqn_head_kwargs": None}, None, "sv"),
+    ],
 )
 @pytest.mark.parametrize("spec", [Categorical, OneHot])
 def test_actor_takes_the_best_action_of_its_head(options, head, expected, spec):
@@ -119,6 +134,24 @@ def test_actor_takes_the_best_action_of_its_head(options, head, expected, spec):
     out = model.actor(spec(3), head=head)(steps.clone())
     assert expected in out
     assert torch.equal(schema.to_ids(out["action"], 3, 1, "action"), out[expected].argmax(-1))
+
+
+def test_the_vector_head_comes_first():
+    model = make_model(**EVERY_HEAD)
+    steps = make_steps()[:, 0]
+    out = model.actor(Categorical(3))(steps.clone())
+    assert torch.equal(out["action"], vec_dqn_scores(out["vec_dqn"]).argmax(-1))
+
+
+def test_actor_of_fewer_or_masked_actions():
+    model = make_model()
+    steps = make_steps(batch=64)[:, 0]
+    values = model(steps.clone())["dqn"]
+    first = model.actor(Categorical(2), num_actions=2)(steps.clone())["action"]
+    assert torch.equal(first, values[:, :2].argmax(-1))
+    steps[schema.ACTION_MASK] = torch.tensor([True, False, True]).expand(64, 3)
+    masked = model.actor(Categorical(3), action_mask_key=schema.ACTION_MASK)(steps.clone())["action"]
+    assert torch.equal(masked, values[:, ::2].argmax(-1) * 2)
 
 
 def test_actor_of_another_action_space():
@@ -130,8 +163,33 @@ def test_actor_of_another_action_space():
 
 
 def test_config_round_trips_through_json():
-    config = MouseConfig(**TINY, action_head="sp", backbone="qwen3")
+    config = MouseConfig(**{**TINY, "action_head": "sp", "backbone_kwargs": BACKBONES["qwen3"]})
     assert MouseConfig.from_dict(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kind"),
+    [
+        ({"num_layers": 1, "num_heads": 2}, "llama"),
+        ({"num_layers": 1, "num_heads": 2, "head_dim": 8}, "qwen3"),
+        ({"num_layers": 1, "num_heads": 2, "head_dim": None}, "llama"),
+        ({"num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}, "qwen3"),
+        ({"kind": "llama", "num_layers": 1, "num_heads": 2, "head_dim": 8}, "llama"),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_kind_of_backbone_where_the_configuration_does_not_say(kwargs, kind):
+    config = MouseConfig(**{**TINY, "backbone_kwargs": kwargs})
+    assert (config.backbone_kwargs or {}).get("kind") == kind
+    backbone = MouseModel(config).trunk.backbone
+    assert (None if backbone is None else backbone.kind) == kind
+
+
+def test_options_without_effect_are_dropped_with_a_warning():
+    with pytest.warns(UserWarning, match="embedding_kwargs holds 'obs_continuous_encoder', which has no effect"):
+        config = MouseConfig(embedding_kwargs={**EMBEDDING, "obs_continuous_encoder": "fourier"})
+    assert config.embedding_kwargs == EMBEDDING
 
 
 def test_config_defaults_do_not_share_state():
@@ -141,9 +199,12 @@ def test_config_defaults_do_not_share_state():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backbone": "gpt2"}, "backbone must be 'llama', 'qwen3' or None, got 'gpt2'"),
-        ({"embedding_kwargs": {"max_num_obs_continuous": 2}}, "must hold max_num_actions >= 1 for the heads, got 0"),
-        ({"embedding_kwargs": {"max_num_actions": 0}}, "must hold max_num_actions >= 1 for the heads, got 0"),
+        ({"embedding_kwargs": {"max_num_obs_continuous": 2}}, "must hold max_num_actions >= 1 for the dqn head, got 0"),
+        ({"embedding_kwargs": {"max_num_actions": 0}}, "must hold max_num_actions >= 1 for the dqn head, got 0"),
+        ({"gaussian_head_kwargs": {}}, "must hold max_num_action_continuous >= 1 for the gaussian head, got 0"),
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": 2**30}, "window must be at most 16777216, got 1073741824"),
+        ({"hidden_dim": -16}, "hidden_dim must be at least 1, got -16"),
         ({"action_head": "vec_dqn"}, r"one of the model's heads \(dqn, sp\), got 'vec_dqn'"),
         ({"action_head": "sp", "sp_head_kwargs": None}, r"one of the model's heads \(dqn\), got 'sp'"),
     ],
@@ -160,9 +221,17 @@ def test_config_that_cannot_be(options, message):
         ({"hidden_dim": True}, "hidden_dim must be int, got True"),
         ({"window": 8.0}, r"window must be int, got 8\.0"),
         ({"embedding_kwargs": None}, "embedding_kwargs must be dict, got None"),
-        ({"embedding_kwargs": {"max_num_actions": "3"}}, "max_num_actions must be int, got '3'"),
+        ({"embedding_kwargs": {"max_num_actions": "3"}}, "embedding_kwargs: max_num_actions must be int, got '3'"),
+        ({"embedding_kwargs": {"std": "big"}}, "embedding_kwargs: std must be float, got 'big'"),
+        ({"embedding_kwargs": {"include_action_token": 1}}, "include_action_token must be bool or None, got 1"),
         ({"dqn_head_kwargs": [8]}, r"dqn_head_kwargs must be dict or None, got \[8\]"),
-        ({"backbone": ["llama"]}, r"backbone must be str or None, got \['llama'\]"),
+        ({"dqn_head_kwargs": {"hidden_dim": 8.5}}, r"dqn_head_kwargs: hidden_dim must be int, got 8\.5"),
+        ({"vec_dqn_head_kwargs": {"vec_dim": "2"}}, "vec_dqn_head_kwargs: vec_dim must be int, got '2'"),
+        (
+            {"backbone_kwargs": {"num_layers": "1", "num_heads": 2}},
+            "backbone_kwargs: num_layers must be int.*, got '1'",
+        ),
+        ({"action_head": 3}, "action_head must be str or None, got 3"),
     ],
 )
 def test_config_of_wrong_types(options, message):
@@ -176,19 +245,35 @@ def test_config_unknown_option(name):
         MouseConfig.from_dict({"hidden_dim": 16, name: 1})
 
 
-@pytest.mark.parametrize("part", ["embedding_kwargs", "dqn_head_kwargs"])
+@pytest.mark.parametrize("name", ["hidden_dim", "embedding_kwargs", "backbone_kwargs"])
+def test_config_without_a_required_option(name):
+    with pytest.raises(ValueError, match=f"must hold hidden_dim, embedding_kwargs, backbone_kwargs; got no '{name}'"):
+        MouseConfig.from_dict({option: value for option, value in TINY.items() if option != name})
+
+
+@pytest.mark.parametrize("part", ["embedding_kwargs", "dqn_head_kwargs", "sp_head_kwargs", "trunk_kwargs"])
 def test_unknown_option_of_a_part(part):
-    options = {**TINY, part: {**TINY[part], "no_such_option": 1}}
-    with pytest.raises(TypeError, match="unexpected keyword argument 'no_such_option'"):
-        MouseModel(MouseConfig(**options))
+    options = {**TINY, part: {**TINY.get(part, {}), "no_such_option": 1}}
+    with pytest.raises(TypeError, match=f"{part}: unknown option 'no_such_option'. The options are "):
+        MouseConfig(**options)
+
+
+def test_unknown_option_and_family_of_the_backbone():
+    for options, error, match in (
+        ({"no_such_option": 1}, TypeError, "unknown option 'no_such_option'"),
+        ({"kind": "gpt2"}, ValueError, "kind must be one of llama, qwen3, got 'gpt2'"),
+    ):
+        with pytest.raises(error, match=match):
+            make_model(backbone_kwargs={**TINY["backbone_kwargs"], **options})
 
 
 # Files
 
 
-@pytest.mark.parametrize("backbone", ["llama", "qwen3", None])
-def test_files_round_trip_exactly(tmp_path, backbone):
-    model = make_model(backbone=backbone, action_head="sp")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_files_round_trip_exactly(tmp_path, backbone, dtype):
+    model = make_model(backbone_kwargs=BACKBONES[backbone], action_head="sp", **EVERY_HEAD).to(dtype)
     model.save_pretrained(tmp_path / "new" / "folder")
     loaded = MouseModel.from_pretrained(str(tmp_path / "new" / "folder"))
     assert sorted(os.listdir(tmp_path / "new" / "folder")) == FILES
@@ -257,7 +342,7 @@ def fails(at_call, real):
 
 @pytest.mark.parametrize(
     ("owner", "name", "at_call"),
-    [(models, "save_file", 1), (Path, "write_text", 1), (os, "replace", 1), (os, "replace", 2)],
+    [(checkpoints, "save_file", 1), (Path, "write_text", 1), (os, "replace", 1), (os, "replace", 2)],
     ids=["weights", "config", "first move", "second move"],
 )
 def test_a_failed_save_leaves_the_old_files(tmp_path, monkeypatch, owner, name, at_call):
@@ -290,8 +375,87 @@ def test_missing_file(tmp_path, missing):
 
 
 def test_missing_directory(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"got no config\.json"):
+    with pytest.raises(
+        FileNotFoundError, match="must be in a folder or a Hub repository 'owner/name', got '.*nowhere'"
+    ):
         MouseModel.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"got no config\.json \(empty\)"):
+        MouseModel.from_pretrained(tmp_path)
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(
+        FileNotFoundError, match=r"got no model\.safetensors \(config.json, pytorch_model.bin\).*can run code"
+    ):
+        MouseModel.from_pretrained(tmp_path)
+
+
+class Trap:
+    """Unpickling it leaves a trace."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return Path.touch, (self.trace,)
+
+
+def test_a_pickle_under_the_name_of_the_weights_is_not_run(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    trace = tmp_path / "trace"
+    torch.save({"weight": Trap(trace)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the files in .* must be readable, got"):
+        MouseModel.from_pretrained(tmp_path)
+    assert not trace.exists()
+    torch.load((tmp_path / "model.safetensors").rename(tmp_path / "model.pt"), weights_only=False)
+    assert trace.exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hidden_dim": 2**24},
+        {"embedding_kwargs": {**EMBEDDING, "max_num_actions": 2**60}},
+        {"embedding_kwargs": {**EMBEDDING, "max_num_time_steps": 2**40}},
+        {"embedding_kwargs": {**EMBEDDING, "token_data_len": 2**62}},
+        {"backbone_kwargs": {**TINY["backbone_kwargs"], "num_layers": 10**9}},
+        {"backbone_kwargs": {"num_hidden_layers": 10**6, "num_attention_heads": 2}},
+        {"backbone_kwargs": {**TINY["backbone_kwargs"], "intermediate_size": 10**12}},
+        {"dqn_head_kwargs": {"hidden_dim": 8, "num_layers": 10**9}},
+        {"sp_head_kwargs": {"num_layers": 2, "hidden_dim": 10**15}},
+    ],
+    ids=str,
+)
+def test_absurd_sizes_take_no_memory(tmp_path, change):
+    make_model().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: None)  # weights that do not name their configuration, as MOUSE's
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**30, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="must "):
+            MouseModel.from_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_configuration_that_is_too_long(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(" " * 2**20 + "{}")
+    with pytest.raises(ValueError, match="must have at most 1048576 bytes, got 1048578"):
+        MouseModel.from_pretrained(tmp_path)
+
+
+def test_a_configuration_that_is_too_deep(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 10**5 + "]" * 10**5)
+    with pytest.raises(ValueError, match=r"the files in .* must be readable, got"):
+        MouseModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.9])
@@ -316,6 +480,7 @@ def test_unreadable_config(tmp_path, content):
 def test_config_that_is_no_object(tmp_path, content):
     make_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(content)
+    rewrite(tmp_path, lambda weights: None)  # weights that do not name their configuration
     with pytest.raises(TypeError, match="MouseConfig: the configuration must be a JSON object, got"):
         MouseModel.from_pretrained(tmp_path)
 
@@ -426,7 +591,7 @@ def test_options_of_the_trunk(tmp_path, sequence):
 def test_bad_options_of_the_trunk():
     with pytest.raises(TypeError, match="trunk_kwargs must be dict, got None"):
         MouseConfig(**TINY, trunk_kwargs=None)
-    with pytest.raises(TypeError, match=r"keys must be dict, got \['action'\]"):
+    with pytest.raises(TypeError, match=r"trunk_kwargs: keys must be Mapping or None, got \['action'\]"):
         MouseConfig(**TINY, trunk_kwargs={"keys": ["action"]})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'overflw'"):
+    with pytest.raises(TypeError, match="trunk_kwargs: unknown option 'overflw'"):
         make_model(trunk_kwargs={"overflw": "error"})

@@ -1,5 +1,6 @@
 """The README's program runs, and names things that exist."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -10,10 +11,12 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_program_runs():
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def test_programs_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
-    exec(compile(program, "README.md", "exec"), scope)
+    for program in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(compile(program, "README.md", "exec"), scope)
+    assert scope["agent"].config == scope["model"].config
     gradients = [parameter.grad for parameter in scope["model"].trunk.parameters() if parameter.requires_grad]
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
 
@@ -23,11 +26,32 @@ def test_named_paths_exist(path):
     assert (ROOT / path).exists()
 
 
-def test_component_table_names_exist():
-    rows = re.findall(r"^\| (.*?) \| `(torchrl_mouse/.*?)` \|", README, re.MULTILINE)
-    assert rows
+def test_components_are_where_the_table_says():
+    rows = re.findall(r"^\| (`.*?`) \| .*? \| `(torchrl_mouse/.*?)\.py` \|", README, re.MULTILINE)
+    assert len(rows) > 20
     for names, path in rows:
-        module = path.removesuffix(".py").rstrip("/").replace("/", ".")
-        exported = vars(__import__(module, fromlist=["*"]))
+        module = vars(importlib.import_module(path.replace("/", ".")))
         for name in re.findall(r"`(\w+)`", names):
-            assert name in exported, f"{module} has no {name}"
+            assert name in module, f"{path} has no {name}"
+
+
+def resolve(dotted):
+    """Finds what a dotted name stands for."""
+    parts = dotted.split(".")
+    for count in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:count]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[count:]:
+            found = getattr(found, name)
+        return found
+    raise ModuleNotFoundError(dotted)
+
+
+def test_names_that_a_user_of_mouse_is_led_to_exist():
+    (table,) = re.findall(r"\| MOUSE \| here \|\n(.*?)\n\n", README, re.DOTALL)
+    names = re.findall(r"`(torchrl[\w.]+)`", table)
+    assert len(names) > 18
+    for name in names:
+        assert resolve(name) is not None

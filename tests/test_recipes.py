@@ -72,7 +72,7 @@ class Training:
             MouseConfig(
                 hidden_dim=8,
                 embedding_kwargs={"max_num_actions": NUM_ACTIONS},
-                backbone=None,
+                backbone_kwargs=None,
                 dqn_head_kwargs={"hidden_dim": 4},
                 sp_head_kwargs={"num_layers": 1},
             )

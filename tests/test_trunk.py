@@ -160,6 +160,56 @@ def test_dispatch(random_steps):
     assert torch.equal(hidden, window(trunk, steps))
 
 
+@pytest.fixture
+def vector_steps(random_steps) -> Callable[..., TensorDict]:
+    """Steps whose previous action is a vector of three numbers, zero where a task begins."""
+
+    def draw(rows: int, num: int, starts: list[list[int]] | None = None) -> TensorDict:
+        steps = random_steps(rows, num, starts)
+        action = torch.randn(rows, num, 3, generator=torch.Generator().manual_seed(1))
+        return steps.set(schema.PREVIOUS_ACTION, action.masked_fill(steps[schema.IS_INIT], 0))
+
+    return draw
+
+
+VECTOR_ACTION = {"max_num_actions": 0, "max_num_action_continuous": 3}
+
+
+@pytest.mark.parametrize("encoder", ["fourier", "linear"])
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_continuous_actions(embedding, encoder, make_trunk, vector_steps, full_pass, step_by_step):
+    trunk = make_trunk({**EMBEDDINGS[embedding], **VECTOR_ACTION, "continuous_encoder": encoder})
+    steps = vector_steps(3, 10, [[4], [], [2, 7]])
+    alone = full_pass(trunk, steps)
+    assert_equal(window(trunk, steps), alone)
+    assert_equal(step_by_step(trunk, steps[:, :6]), alone[:, :6])
+    trunk.mark_weight_update()  # encodes the remembered actions afresh
+    assert_equal(step_by_step(trunk, steps[:, 6:]), alone[:, 6:])
+    changed = steps.clone()
+    changed[schema.PREVIOUS_ACTION][:, 0, 2] += 1.7
+    assert (full_pass(trunk, changed) - alone)[:, :2].abs().amax(-1).min() > 1e-4
+
+
+def test_continuous_actions_in_a_full_context(make_trunk, vector_steps):
+    trunk, full = make_trunk(VECTOR_ACTION, window=4), make_trunk(VECTOR_ACTION)
+    full.load_state_dict(trunk.state_dict())
+    steps = vector_steps(1, 11)
+    for t, (first, last) in enumerate(kept_steps([], 11, 4)):
+        assert_equal(trunk(steps[:, t].clone())[schema.HIDDEN], window(full, steps[:, first:last])[:, -1])
+
+
+def test_continuous_actions_are_read_in_the_weights_type(make_trunk, vector_steps):
+    trunk = make_trunk(VECTOR_ACTION).double()
+    steps = vector_steps(2, 3)
+    action = trunk.read(steps)["action"]
+    assert action.dtype == torch.float64
+    assert torch.equal(action, steps[schema.PREVIOUS_ACTION].double())
+    # one number per step, without a dimension of its own
+    single = make_trunk({**VECTOR_ACTION, "max_num_action_continuous": 1})
+    steps[schema.PREVIOUS_ACTION] = steps[schema.PREVIOUS_ACTION][..., 0]
+    assert single.read(steps)["action"].shape == (2, 3, 1)
+
+
 # Leakage
 
 

@@ -1,4 +1,4 @@
-"""Pure tensor mathematics: contexts inside windows, temporal-difference targets, conservative penalties."""
+"""Pure tensor mathematics: contexts inside windows, targets and penalties of losses, vectors as action values."""
 
 from __future__ import annotations
 
@@ -87,6 +87,61 @@ def conservative_penalty(action_value: torch.Tensor, chosen_action_value: torch.
         1.3863
     """
     return action_value.logsumexp(-1) - chosen_action_value
+
+
+def rope_rotate(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """Rotates each pair ``(x[2i], x[2i + 1])`` by an angle.
+
+    Args:
+        x: ``[*, V]``, ``V`` even.
+        theta: ``[*]``, radians, counter-clockwise; the same for all pairs of a vector.
+
+    Returns:
+        ``[*, V]``, of the same norm.
+
+    Examples:
+        >>> quarter = torch.tensor(torch.pi / 2)
+        >>> (rope_rotate(torch.tensor([1.0, 0.0, 0.0, 2.0]), quarter).round() + 0.0).tolist()
+        [0.0, 1.0, -2.0, 0.0]
+    """
+    theta = theta.unsqueeze(-1)
+    return x * theta.cos() + _rotate_quarter(x) * theta.sin()
+
+
+def vec_dqn_scores(vectors: torch.Tensor, action_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Computes each action's score ``sum_i angle(u_i, u_a)`` from the directions ``u`` of the actions' vectors.
+
+    ``angle(u, v) = atan2(rot90(u) . v, u . v)`` is the signed angle, in [-pi, pi], by which the pairs of ``u`` have to
+    turn to point along ``v``. A vector's direction stands for a value, so what counts is how far an action is ahead of
+    the others; a vector of zeros has no direction and is at angle 0, without gradient.
+
+    Args:
+        vectors: ``[*, A, V]``, ``V`` even.
+        action_mask: bool ``[*, A]``, true for the actions that the task has; the others do not count in anybody's
+            score. All count by default.
+
+    Returns:
+        ``[*, A]``, radians, in [-(A - 1) pi, (A - 1) pi]; without a mask they sum to zero.
+
+    .. note::
+        All pairs of actions are compared: memory grows with the square of ``A``.
+
+    Examples:
+        >>> vectors = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 3.0]])
+        >>> (vec_dqn_scores(vectors) / torch.pi).tolist()
+        [-1.0, 0.5, 0.5]
+        >>> (vec_dqn_scores(vectors, torch.tensor([True, True, False])) / torch.pi).tolist()
+        [-0.5, 0.5, 0.5]
+    """
+    unit = F.normalize(vectors, dim=-1)
+    angle = torch.atan2(_rotate_quarter(unit) @ unit.mT, unit @ unit.mT)  # [*, A, A], from row to column
+    if action_mask is not None:
+        angle = angle.masked_fill(~action_mask.unsqueeze(-1), 0.0)
+    return angle.sum(-2)
+
+
+def _rotate_quarter(x: torch.Tensor) -> torch.Tensor:
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
 
 
 def teacher_cross_entropy(logits: torch.Tensor, q_star: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -1,136 +1,50 @@
-"""The MOUSE model: embedder, backbone and heads; configuration and files."""
+"""The MOUSE model: embedder, backbone and heads, and its files."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import tempfile
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential, dispatch
 
-from torchrl_mouse import schema
+from torchrl_mouse import checkpoints, schema
+from torchrl_mouse.config import HEADS, MouseConfig
 from torchrl_mouse.modules.actors import make_actor
-from torchrl_mouse.modules.backbone import FAMILIES, CausalBackbone
+from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder
-from torchrl_mouse.modules.heads import DQNHead, SwiGLUHead
+from torchrl_mouse.modules.heads import SwiGLUHead
+from torchrl_mouse.modules.pretrained import backbone_kwargs_from_pretrained, load_pretrained_layers
+from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
 from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Mapping
+
+    from huggingface_hub import CommitInfo
     from tensordict import TensorDictBase, TensorDictParams
+    from tensordict.utils import NestedKey
     from torchrl.data import TensorSpec
+    from torchrl.envs import EnvBase
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-
-HEADS: dict[str, type[DQNHead | SwiGLUHead]] = {"dqn": DQNHead, "sp": SwiGLUHead}
-"""The kinds of head, in the order in which one is chosen to act."""
-
-_TYPES: dict[str, tuple[type, ...]] = {
-    "hidden_dim": (int,),
-    "window": (int,),
-    "embedding_kwargs": (dict,),
-    "backbone": (str, type(None)),
-    "backbone_kwargs": (dict,),
-    "dqn_head_kwargs": (dict, type(None)),
-    "sp_head_kwargs": (dict, type(None)),
-    "action_head": (str, type(None)),
-    "trunk_kwargs": (dict,),
-}
+__all__ = [
+    "HEADS",
+    "MouseConfig",
+    "MouseModel",
+    "init_from_pretrained_backbone",
+    "load_model",
+    "push_model_to_hub",
+    "save_model",
+]
 
 # Where a weight is in a file (MOUSE's names), and where it is in the model.
 _FILE_PREFIXES = {"embedder.": "trunk.embedder.", "backbone.": "trunk.backbone.model."}
 
-
-@dataclass(frozen=True)
-class MouseConfig:
-    """What a :class:`MouseModel` is built from; the content of ``config.json``.
-
-    Args:
-        hidden_dim: size ``D`` of a token.
-        window: steps that a context holds while acting.
-        embedding_kwargs: options of :class:`~torchrl_mouse.modules.StepEmbedder`; ``max_num_actions`` also sizes the
-            heads.
-        backbone: decoder family, or ``None`` to read out each step by itself.
-        backbone_kwargs: options of :class:`~torchrl_mouse.modules.CausalBackbone`.
-        dqn_head_kwargs: options of the Q-value head; absent when ``None``.
-        sp_head_kwargs: options of the policy head; absent when ``None``.
-        action_head: the head to act with; by default the first present.
-        trunk_kwargs: further options of :class:`~torchrl_mouse.modules.Trunk` (``keys``, ``overflow``,
-            ``on_weight_update``, ``max_streams``); a nested key in ``keys`` may be a list, as JSON has it.
-
-    Raises:
-        TypeError: an option has the wrong type.
-        ValueError: an unknown backbone or head, or a missing size.
-
-    Examples:
-        >>> MouseConfig.from_dict({"hidden_dim": 16, "hiden_dim": 16})
-        Traceback (most recent call last):
-            ...
-        ValueError: MouseConfig: unknown option 'hiden_dim'. The options are hidden_dim, window, ...
-    """
-
-    hidden_dim: int = 64
-    window: int = 128
-    embedding_kwargs: dict[str, Any] = field(default_factory=dict)
-    backbone: Literal["llama", "qwen3"] | None = "llama"
-    backbone_kwargs: dict[str, Any] = field(default_factory=lambda: {"num_layers": 4, "num_heads": 4})
-    dqn_head_kwargs: dict[str, Any] | None = None
-    sp_head_kwargs: dict[str, Any] | None = None
-    action_head: str | None = None
-    trunk_kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, types in _TYPES.items():
-            _check_type(name, getattr(self, name), types)
-        if (keys := self.trunk_kwargs.get("keys")) is not None:
-            _check_type("keys", keys, (dict,))
-            keys = {name: tuple(key) if isinstance(key, list) else key for name, key in keys.items()}
-            object.__setattr__(self, "trunk_kwargs", {**self.trunk_kwargs, "keys": keys})
-        if self.backbone is not None and self.backbone not in FAMILIES:
-            raise ValueError(
-                f"MouseConfig: backbone must be {', '.join(map(repr, FAMILIES))} or None, got {self.backbone!r}."
-            )
-        num_actions = self.embedding_kwargs.get("max_num_actions", 0)
-        _check_type("max_num_actions", num_actions, (int,))
-        if self.heads and num_actions < 1:
-            raise ValueError(
-                f"MouseConfig: embedding_kwargs must hold max_num_actions >= 1 for the heads, got {num_actions}."
-            )
-        if self.action_head is not None and self.action_head not in self.heads:
-            raise ValueError(
-                f"MouseConfig: action_head must be one of the model's heads ({', '.join(self.heads) or 'none'}), got "
-                f"{self.action_head!r}. Give {self.action_head}_head_kwargs."
-            )
-
-    @property
-    def heads(self) -> dict[str, dict[str, Any]]:
-        """The options of each head that is present."""
-        options = {name: getattr(self, f"{name}_head_kwargs") for name in HEADS}
-        return {name: kwargs for name, kwargs in options.items() if kwargs is not None}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> MouseConfig:
-        """Builds a configuration from the content of ``config.json``.
-
-        Raises:
-            TypeError: the content is no JSON object, or an option has the wrong type.
-            ValueError: an option that does not exist.
-        """
-        if not isinstance(values, dict):
-            raise TypeError(f"MouseConfig: the configuration must be a JSON object, got {type(values).__name__}.")
-        names = [entry.name for entry in dataclasses.fields(cls)]
-        for name in values:
-            if name not in names:
-                raise ValueError(f"MouseConfig: unknown option {name!r}. The options are {', '.join(names)}.")
-        return cls(**values)
+# MOUSE writes this table also where types are not embedded.
+_UNUSED_WEIGHT = "embedder.type_embedder.embed.weight"
 
 
 class MouseModel(TensorDictModuleBase):
@@ -159,14 +73,47 @@ class MouseModel(TensorDictModuleBase):
         self.config = config
         embedder = StepEmbedder(config.hidden_dim, **config.embedding_kwargs)
         backbone = None
-        if config.backbone is not None:
-            backbone = CausalBackbone(config.hidden_dim, config.backbone, **config.backbone_kwargs)
+        if config.backbone_kwargs is not None:
+            backbone = CausalBackbone(config.hidden_dim, **config.backbone_kwargs)
         self.trunk = Trunk(embedder, backbone, window=config.window, **config.trunk_kwargs)
         for name, kwargs in config.heads.items():
-            head = HEADS[name](config.hidden_dim, config.embedding_kwargs["max_num_actions"], **kwargs)
-            self.add_module(f"{name}_head", head)
+            self.add_module(f"{name}_head", HEADS[name](config.hidden_dim, config.action_dim(name), **kwargs))
         self.in_keys = list(self.trunk.in_keys)
         self.out_keys = [schema.HIDDEN, *config.heads]
+
+    @classmethod
+    def from_specs(
+        cls,
+        env: EnvBase,
+        *,
+        keys: Mapping[str, NestedKey] | None = None,
+        embedding_kwargs: Mapping[str, Any] | None = None,
+        trunk_kwargs: Mapping[str, Any] | None = None,
+        **config: Any,
+    ) -> MouseModel:
+        """Builds a model with the sizes of an environment; see :func:`~torchrl_mouse.modules.embedding_kwargs_from_specs`.
+
+        Args:
+            env: the environment.
+            keys: by modality, the entry that it reads, where not the usual one.
+            embedding_kwargs: override what the specs say.
+            trunk_kwargs: as in :class:`~torchrl_mouse.config.MouseConfig`, without ``keys``.
+            config: the other options of :class:`~torchrl_mouse.config.MouseConfig`.
+
+        Raises:
+            TypeError: an entry's space is of a kind that cannot be embedded.
+            ValueError: the environment has nothing to embed.
+
+        Examples:
+            >>> from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
+            >>> env = TaskEnv(DarkRoomEnv([0]), episodes_per_task=2)
+            >>> model = MouseModel.from_specs(env, hidden_dim=16, dqn_head_kwargs={})
+            >>> env.rollout(3, model.actor(env.action_spec_unbatched))["dqn"].shape
+            torch.Size([1, 3, 5])
+        """
+        sizes = embedding_kwargs_from_specs(env, keys=keys)
+        trunk = {**(trunk_kwargs or {}), **({"keys": dict(keys)} if keys else {})}
+        return cls(MouseConfig(embedding_kwargs={**sizes, **(embedding_kwargs or {})}, trunk_kwargs=trunk, **config))
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -212,7 +159,7 @@ class MouseModel(TensorDictModuleBase):
         """
         self.head(name)  # Refuses a head that the model does not have.
         head = getattr(self, f"{name}_head")
-        if not isinstance(head, DQNHead):
+        if not hasattr(head, "target"):
             raise KeyError(f"MouseModel: head must be one with a target, got {name!r}.")
         online = {weight.data_ptr() for weight in head.online.parameters()}
         if any(weight.data_ptr() in online for weight in parameters.values(True, True)):
@@ -222,97 +169,182 @@ class MouseModel(TensorDictModuleBase):
             )
         TensorDict.from_module(head.target).data.update_(parameters.data["module"])
 
-    def actor(self, spec: TensorSpec, *, head: str | None = None, temperature: float = 0.0) -> TensorDictSequential:
-        """Returns a policy for collectors; see :func:`~torchrl_mouse.modules.actors.make_actor`.
+    def actor(
+        self,
+        spec: TensorSpec,
+        *,
+        head: str | None = None,
+        temperature: float = 0.0,
+        num_actions: int | None = None,
+        action_mask_key: NestedKey | None = None,
+    ) -> TensorDictSequential:
+        """Returns a policy for collectors; see :func:`~torchrl_mouse.modules.make_actor`.
 
         Args:
             spec: the action spec of one environment row, ``env.action_spec_unbatched``.
-            head: the head to act with; by default the configuration's, else the first present.
+            head: the head to act with; by default the configuration's, else the first present of ``vec_dqn``, ``dqn``,
+                ``sp``, ``sv``, ``gaussian``.
             temperature: 0 takes the best action, above it actions are drawn.
+            num_actions: act with that many of the head's actions, the first ones.
+            action_mask_key: entry bool ``[*, A]``, true where an action is allowed.
 
         Raises:
             KeyError: the model has no such head.
-            TypeError: the action space is not discrete.
+            TypeError: the action space is not of the head's kind.
             ValueError: the space has another number of actions than the head, or the temperature is negative.
         """
         chosen = head or self.config.action_head or next(iter(self.config.heads), "")
-        return make_actor(self.trunk, self.head(chosen), spec, temperature=temperature)
+        return make_actor(
+            self.trunk,
+            self.head(chosen),
+            spec,
+            temperature=temperature,
+            num_actions=num_actions,
+            action_mask_key=action_mask_key,
+        )
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors``; when that fails, the old files stay."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {_file_name(name): weight.contiguous() for name, weight in self._weights().items()}
-        with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-            text = json.dumps(dataclasses.asdict(self.config), indent=2)
-            # The weights name their configuration: a kill between the two moves below leaves a pair that is refused.
-            save_file(weights, Path(temporary, WEIGHTS_FILE), metadata={"config": text})
-            Path(temporary, CONFIG_FILE).write_text(text, encoding="utf-8")
-            config = directory / CONFIG_FILE
-            old = config.read_bytes() if config.exists() else None
-            os.replace(Path(temporary, CONFIG_FILE), config)
-            try:
-                os.replace(Path(temporary, WEIGHTS_FILE), directory / WEIGHTS_FILE)
-            except BaseException:  # The two belong together.
-                config.unlink() if old is None else config.write_bytes(old)
-                raise
+        weights = {_file_name(name): weight for name, weight in self._weights().items()}
+        checkpoints.write_checkpoint(directory, dataclasses.asdict(self.config), weights)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> MouseModel:
-        """Builds a model from the files that :meth:`save_pretrained` writes.
+    def from_pretrained(
+        cls,
+        repo_id_or_path: str | Path,
+        force_download: bool = False,
+        local_dir: str | Path | None = None,
+        *,
+        map_location: torch.device | str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> MouseModel:
+        """Builds a model from its files, ours or MOUSE's, in a folder or on the Hub.
+
+        The files may be anybody's: nothing in them is run, and they are compared before memory is taken.
+
+        Args:
+            repo_id_or_path: a folder, or a Hub repository ``"owner/name"``.
+            force_download: download also what is in the cache.
+            local_dir: where downloads go, instead of the cache.
+            map_location: the device of the model.
+            revision: branch, tag or commit of the repository.
+            token: of the Hub.
 
         Raises:
             FileNotFoundError: a file is missing.
             TypeError: an option of the configuration has the wrong type.
             ValueError: the configuration or the weights cannot be read, or do not fit each other.
         """
-        directory = Path(directory)
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (directory / file).is_file():
-                raise FileNotFoundError(
-                    f"MouseModel: {directory} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got no {file}."
-                )
-        try:
-            values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
-            weights = load_file(directory / WEIGHTS_FILE)
-            with safe_open(directory / WEIGHTS_FILE, "pt") as file:
-                own = json.loads((file.metadata() or {}).get("config", "null"))
-        except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
-            raise ValueError(f"MouseModel: the files in {directory} must be readable, got: {error}") from error
+        directory = checkpoints.fetch_checkpoint(
+            repo_id_or_path, revision=revision, token=token, force_download=force_download, local_dir=local_dir
+        )
+        values, weights = checkpoints.read_checkpoint(directory)
         config = MouseConfig.from_dict(values)
-        if own not in (None, values):
-            raise ValueError(
-                f"MouseModel: {CONFIG_FILE} in {directory} must be the one that {WEIGHTS_FILE} was saved with, got "
-                "another. A save was interrupted, or the file was changed: save the model again."
-            )
+        if not config.embedding_kwargs.get("include_type_token", True):
+            weights.pop(_UNUSED_WEIGHT, None)
+        _check_weights(config, weights)
         model = cls(config)
-        model._load(weights)
-        return model
+        model.to(next(weight.dtype for weight in weights.values() if weight.is_floating_point()))
+        for name, weight in model._weights().items():
+            weight.copy_(weights[_file_name(name)])  # `state_dict` shares its tensors with the model.
+        model.trunk.mark_weight_update()
+        return model if map_location is None else model.to(map_location)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        results: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> CommitInfo:
+        """Uploads configuration, weights and a model card in one commit: it lands whole, or the old version stays.
+
+        Args:
+            repo_id: ``"owner/name"``; is made where there is none.
+            private: whether a new repository is private; ``None`` follows the owner's default.
+            token: of the Hub; the stored one by default.
+            revision: branch to commit to, made where there is none.
+            commit_message: of the commit.
+            results: for the card, by where they were measured and metric: ``{"held-out goals": {"nauc": 0.9}}``.
+
+        Raises:
+            ValueError: a private repository is asked for, and there is a public one.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            self.save_pretrained(directory)
+            card = self.card(repo_id, revision=revision, results=results)
+            Path(directory, checkpoints.CARD_FILE).write_text(card, encoding="utf-8")
+            return checkpoints.push_checkpoint(
+                directory, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+            )
+
+    def card(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        results: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> str:
+        """Returns the model card: what the model sees and holds, and how to load it and act with it."""
+        backbone = self.trunk.backbone
+        act = "# The model has no head to act with: `model` writes `hidden`."
+        if self.config.heads:
+            discrete = (self.config.action_head or next(iter(self.config.heads))) != "gaussian"
+            space = "Categorical(n={})" if discrete else "Bounded(-1, 1, shape=({},))"
+            size = self.config.action_dim("dqn" if discrete else "gaussian")
+            act = (
+                f"\nfrom torchrl.data import {space.partition('(')[0]}\n\n"
+                f"actor = model.actor({space.format(size)})  # your environment's `action_spec_unbatched`"
+            )
+        return checkpoints.render_card(
+            repo_id,
+            results=results,
+            modalities=", ".join(self.trunk.embedder.modalities),
+            backbone="none"
+            if backbone is None
+            else f"{backbone.kind}, {backbone.num_layers} layers of width {backbone.hidden_dim}",
+            heads=", ".join(self.config.heads) or "none",
+            window=str(self.config.window),
+            parameters=f"{sum(weight.numel() for weight in self.parameters()):,}",
+            revision="" if revision is None else f', revision="{revision}"',
+            act=act,
+        )
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {name: weight for name, weight in self.state_dict().items() if name != "trunk.weight_version"}
 
-    def _load(self, weights: dict[str, torch.Tensor]) -> None:
-        expected = {_file_name(name): weight for name, weight in self._weights().items()}
-        problems = [f"missing {name}" for name in expected if name not in weights]
-        problems += [f"unexpected {name}" for name in weights if name not in expected]
-        problems += [
-            f"{name} has shape {tuple(weight.shape)} instead of {tuple(expected[name].shape)}"
-            for name, weight in weights.items()
-            if name in expected and weight.shape != expected[name].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise ValueError(f"MouseModel: weights must fit the configuration, got {'; '.join(problems[:3])}{more}.")
-        for name, weight in expected.items():
-            weight.copy_(weights[name])  # `state_dict` shares its tensors with the model.
-        self.trunk.mark_weight_update()
 
-
-def _check_type(name: str, value: Any, types: tuple[type, ...]) -> None:
-    if not isinstance(value, types) or isinstance(value, bool):
-        expected = " or ".join("None" if kind is type(None) else kind.__name__ for kind in types)
-        raise TypeError(f"MouseConfig: {name} must be {expected}, got {value!r}.")
+def _check_weights(config: MouseConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    """Compares weights with what a configuration says, before a model of it takes memory."""
+    layers = [config.backbone_kwargs or {}, *config.heads.values()]
+    spellings = ("num_layers", "num_hidden_layers")
+    deepest = max(kwargs.get(name) or 0 for kwargs in layers for name in spellings)
+    if deepest > len(weights):  # Layers are objects, also without memory.
+        raise ValueError(
+            f"MouseModel: weights must fit the configuration, got {len(weights)} weights for {deepest} layers."
+        )
+    try:
+        with torch.device("meta"):
+            expected = {_file_name(name): weight.shape for name, weight in MouseModel(config)._weights().items()}
+    except RuntimeError as error:
+        raise ValueError(f"MouseModel: the configuration must describe a model that can exist, got {error}") from error
+    problems = [f"missing {name}" for name in expected if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(weight.shape)} instead of {tuple(expected[name])}"
+        for name, weight in weights.items()
+        if name in expected and weight.shape != expected[name]
+    ]
+    kinds = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
+    if len(kinds) != 1:
+        problems.append(f"numbers of {len(kinds)} types ({', '.join(sorted(map(str, kinds)))})")
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"MouseModel: weights must fit the configuration, got {'; '.join(problems[:3])}{more}.")
 
 
 def _file_name(name: str) -> str:
@@ -320,3 +352,51 @@ def _file_name(name: str) -> str:
         if name.startswith(prefix):
             return file_prefix + name.removeprefix(prefix)
     return name
+
+
+def init_from_pretrained_backbone(
+    repo_id_or_path: str | Path,
+    *,
+    backbone_kwargs_overrides: Mapping[str, Any] | None = None,
+    load_weights: bool = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **config: Any,
+) -> MouseModel:
+    """Builds a model around the decoder layers of a language model (Llama or Qwen3).
+
+    Args:
+        repo_id_or_path: a folder or Hub repository with a `transformers` checkpoint.
+        backbone_kwargs_overrides: replace what the checkpoint says, such as ``num_layers`` for its first layers only.
+        load_weights: copy the layers' weights; its token embedding and final norm have no use here.
+        revision: branch, tag or commit of the repository.
+        token: of the Hub.
+        config: further options of :class:`~torchrl_mouse.config.MouseConfig`; the width is the checkpoint's.
+
+    Raises:
+        ValueError: another family than the two, or weights that do not fit.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+        >>> language_model = LlamaForCausalLM(LlamaConfig(vocab_size=10, **sizes))
+        >>> options = {"embedding_kwargs": {"max_num_actions": 3}, "sp_head_kwargs": {}}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     language_model.save_pretrained(folder)
+        ...     model = init_from_pretrained_backbone(folder, backbone_kwargs_overrides={"num_layers": 2}, **options)
+        >>> model.trunk.backbone.num_layers, model.config.hidden_dim
+        (2, 16)
+    """
+    kwargs, hidden_dim = backbone_kwargs_from_pretrained(
+        repo_id_or_path, revision=revision, token=token, **(backbone_kwargs_overrides or {})
+    )
+    model = MouseModel(MouseConfig(hidden_dim=hidden_dim, backbone_kwargs=kwargs, **config))
+    if load_weights:
+        load_pretrained_layers(model.trunk.backbone, repo_id_or_path, revision=revision, token=token)
+    return model
+
+
+# MOUSE's names for its users to find.
+load_model = MouseModel.from_pretrained
+save_model = MouseModel.save_pretrained
+push_model_to_hub = MouseModel.push_to_hub

@@ -169,7 +169,7 @@ def offline_trainer(
         >>> for step in range(8):
         ...     store.append({"action": step % 3, "reward": 1.0, "done": 0, "episode_step": step})
         >>> heads = {"embedding_kwargs": {"max_num_actions": 3}, "dqn_head_kwargs": {}}
-        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone=None, **heads))
+        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone_kwargs=None, **heads))
         >>> loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk, delay_value=False)
         >>> optimizer = torch.optim.SGD(loss.parameters(), lr=0.01)
         >>> buffer = replay_buffer(store, window=4, batch_size=2)

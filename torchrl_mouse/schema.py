@@ -29,8 +29,20 @@ IS_INIT: NestedKey = "is_init"
 STREAM: NestedKey = "stream"
 ACTION: NestedKey = "action"
 Q_STAR: NestedKey = "q_star"
+ACTION_MASK: NestedKey = "action_mask"
 MASK: NestedKey = ("collector", "mask")
 HIDDEN: NestedKey = "hidden"
+
+MODALITY_KEYS: dict[str, NestedKey] = {
+    "time": EPISODE_STEP,
+    "action": PREVIOUS_ACTION,
+    "continuous": OBSERVATION,
+    "discrete": OBSERVATION_DISCRETE,
+    "image": PIXELS,
+    "reward": PREVIOUS_REWARD,
+    "done": "previous",
+}
+"""The entry that each kind of input reads; ``done`` names the parent of ``terminated`` and ``truncated``."""
 
 RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
 """MOUSE's done codes: the episode goes on, was ended by the environment, or by a step limit."""

@@ -16,7 +16,24 @@ if TYPE_CHECKING:
     from tensordict.utils import NestedKey
 
 
-class JitterObservation(Transform):
+class _WindowTransform(Transform):
+    """A transform of sampled windows ``[*, T]``, which an environment's frames are not."""
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        raise NotImplementedError(
+            f"{type(self).__name__}: must be a transform of a replay buffer. Do not add it to an environment."
+        )
+
+
+def _root_and_next(key: NestedKey) -> tuple[NestedKey, NestedKey]:
+    path = key if isinstance(key, tuple) else (key,)
+    return path, ("next", *path)
+
+
+class JitterObservation(_WindowTransform):
     """Scales and shifts the continuous observation of each sampled window at random, the same at all of its steps.
 
     With few training tasks a model remembers where their goals were, and never looks anywhere else. In a frame of
@@ -62,17 +79,76 @@ class JitterObservation(Transform):
             shape = (*tensordict.shape[:-1], 1, *value.shape[tensordict.ndim :])
             factor = 1 + self.scale * (2 * torch.rand(shape, device=value.device) - 1)
             offset = self.shift * torch.randn(shape, device=value.device)
-            path = key if isinstance(key, tuple) else (key,)
-            for place in (path, ("next", *path)):
+            for place in _root_and_next(key):
                 if (value := tensordict.get(place, None)) is not None:
                     tensordict.set(place, value * factor + offset)
         return tensordict
 
-    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
-        return self._call(tensordict_reset)
 
-    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
-        """Raises: an environment's frame is no window."""
-        raise NotImplementedError(
-            "JitterObservation: must be a transform of a replay buffer. Do not add it to an environment."
-        )
+class RandomSymmetry(_WindowTransform):
+    """Turns each sampled window by a random symmetry of its environment, the same at all of its steps.
+
+    A mirrored or turned maze is as good a task as the maze itself: with few training tasks this gives many more, none
+    of them invented. One symmetry is drawn per window, and moves together what belongs together: the observation, the
+    actions that were taken, and the teacher's values per action. It is a transform of a replay buffer.
+
+    Args:
+        observation_maps: ``[K, C, C]``, for each of ``K`` symmetries the matrix that is applied to the observation.
+        action_maps: int64 ``[K, A]``, for each symmetry a permutation: action ``a`` becomes ``action_maps[k, a]``.
+
+    Raises:
+        ValueError: the shapes do not fit, or a row of ``action_maps`` is no permutation.
+
+    .. note::
+        The draws come from torch's global generator: with the buffer's seed alone they do not reproduce, with
+        :func:`torch.manual_seed` they do.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> mirror = RandomSymmetry(-torch.eye(1).expand(1, 1, 1), torch.tensor([[1, 0]]))
+        >>> windows = {"observation": torch.tensor([[[1.0], [2.0]]]), "action": torch.tensor([[0, 1]])}
+        >>> mirrored = mirror(TensorDict(windows, [1, 2]))
+        >>> mirrored["observation"].flatten().tolist(), mirrored["action"].tolist()
+        ([-1.0, -2.0], [[1, 0]])
+    """
+
+    observation_maps: torch.Tensor
+    action_maps: torch.Tensor
+
+    def __init__(self, observation_maps: torch.Tensor, action_maps: torch.Tensor) -> None:
+        if observation_maps.ndim != 3 or observation_maps.shape[1] != observation_maps.shape[2]:
+            raise ValueError(
+                f"RandomSymmetry: observation_maps must be [K, C, C], got {tuple(observation_maps.shape)}."
+            )
+        if action_maps.ndim != 2 or len(action_maps) != len(observation_maps):
+            raise ValueError(
+                f"RandomSymmetry: action_maps must be [K, A] with K={len(observation_maps)}, got "
+                f"{tuple(action_maps.shape)}."
+            )
+        if not torch.equal(action_maps.sort(-1).values, torch.arange(action_maps.shape[1]).expand_as(action_maps)):
+            raise ValueError(
+                f"RandomSymmetry: each row of action_maps must be a permutation of 0 to {action_maps.shape[1] - 1}, "
+                f"got {action_maps.tolist()}."
+            )
+        super().__init__(in_keys=[schema.OBSERVATION, schema.ACTION, schema.PREVIOUS_ACTION, schema.Q_STAR])
+        self.register_buffer("observation_maps", observation_maps)
+        self.register_buffer("action_maps", action_maps)
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Changes windows ``[B, T]`` with action ids; entries that are not there are left out."""
+        if tensordict.ndim != 2:
+            raise ValueError(f"RandomSymmetry: windows must be [B, T], got {tuple(tensordict.shape)}.")
+        drawn = torch.randint(len(self.action_maps), tensordict.shape[:1], device=self.action_maps.device)
+        turn, permutation = self.observation_maps[drawn], self.action_maps[drawn]  # (B, C, C), (B, A)
+        for place in _root_and_next(schema.OBSERVATION):
+            if (value := tensordict.get(place, None)) is not None:
+                tensordict.set(place, value @ turn.mT)
+        for place in (schema.ACTION, *_root_and_next(schema.PREVIOUS_ACTION)):
+            if tensordict.get(place, None) is not None:
+                ids = schema.require(tensordict, place, "integer")
+                tensordict.set(place, permutation.gather(1, ids.flatten(1)).reshape(ids.shape))
+        for place in _root_and_next(schema.Q_STAR):
+            if (value := tensordict.get(place, None)) is not None:
+                origin = permutation.argsort(-1).unsqueeze(1).expand_as(value)
+                tensordict.set(place, value.gather(-1, origin))
+        return tensordict

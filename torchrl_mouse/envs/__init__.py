@@ -1,7 +1,8 @@
 """Environments whose trajectory is a whole task of many episodes."""
 
-from torchrl_mouse.envs.dark_room import DARK_ROOM, DarkRoomEnv, oracle_policy, split_goals
+from torchrl_mouse.envs.dark_room import DARK_ROOM, DarkRoomEnv, grid_symmetries, oracle_policy, split_goals
 from torchrl_mouse.envs.frozen_lake import FrozenLakeEnv
+from torchrl_mouse.envs.point_robot import PointRobotEnv, point_robot_goals
 from torchrl_mouse.envs.task_env import TaskEnv
 from torchrl_mouse.envs.transforms import ClearContext, DecisionMask
 from torchrl_mouse.streams import StreamTracker
@@ -12,8 +13,11 @@ __all__ = [
     "DarkRoomEnv",
     "DecisionMask",
     "FrozenLakeEnv",
+    "PointRobotEnv",
     "StreamTracker",
     "TaskEnv",
+    "grid_symmetries",
     "oracle_policy",
+    "point_robot_goals",
     "split_goals",
 ]

@@ -244,6 +244,28 @@ def split_goals(num_train: int, size: int = 9, seed: int = 0) -> tuple[torch.Ten
     return order[:num_train], order[num_train:]
 
 
+def grid_symmetries() -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the eight turns and mirrorings of the grid, which make a task with another goal of a task.
+
+    They hold for a start in the centre.
+
+    Returns:
+        Matrices float32 ``[8, 2, 2]`` on the observation, and int64 ``[8, 5]``, what each action becomes; as
+        :class:`~torchrl_mouse.data.RandomSymmetry` takes them.
+
+    Examples:
+        >>> observation_maps, action_maps = grid_symmetries()
+        >>> observation_maps[1].tolist(), action_maps[1].tolist()  # left and right change places
+        ([[1.0, 0.0], [0.0, -1.0]], [0, 1, 4, 3, 2])
+    """
+    moves = torch.tensor(_MOVES, dtype=torch.float32)
+    axes = torch.eye(2), torch.eye(2).flip(0)
+    signs = torch.cartesian_prod(torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0]))
+    maps = torch.stack([sign.diag() @ axis for axis in axes for sign in signs])  # (8, 2, 2)
+    moved = moves @ maps.mT  # (8, 5, 2)
+    return maps, (moved.unsqueeze(2) == moves).all(-1).long().argmax(-1)
+
+
 def oracle_policy() -> TensorDictModule:
     """Returns the policy that takes the teacher's best action: it reads ``q_star`` and writes ``action``.
 

@@ -1,16 +1,19 @@
 """Networks: embedder, backbone and its cache, trunk, heads, actors."""
 
-from torchrl_mouse.modules.actors import StickyActions, make_actor
+from torchrl_mouse.modules.actors import StickyActions, gaussian_policy, make_actor
 from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
-from torchrl_mouse.modules.heads import DQNHead, SwiGLUHead
+from torchrl_mouse.modules.heads import DQNHead, GaussianHead, SwiGLUHead, VecDQNHead, VectorHead
 from torchrl_mouse.modules.kv_cache import KeyValues, KVCache
+from torchrl_mouse.modules.pretrained import backbone_kwargs_from_pretrained, load_pretrained_layers
+from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
 from torchrl_mouse.modules.tabular import TabularQLearner
 from torchrl_mouse.modules.trunk import Trunk
 
 __all__ = [
     "CausalBackbone",
     "DQNHead",
+    "GaussianHead",
     "KVCache",
     "KeyValues",
     "StepEmbedder",
@@ -19,5 +22,11 @@ __all__ = [
     "TabularQLearner",
     "TokenType",
     "Trunk",
+    "VecDQNHead",
+    "VectorHead",
+    "backbone_kwargs_from_pretrained",
+    "embedding_kwargs_from_specs",
+    "gaussian_policy",
+    "load_pretrained_layers",
     "make_actor",
 ]

@@ -5,31 +5,79 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from tensordict.nn import InteractionType, TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    InteractionType,
+    NormalParamExtractor,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
 from torch.distributions import Categorical
+from torch.nn import functional as F
+from torchrl.data import Bounded, Unbounded
 from torchrl.data import Categorical as CategoricalSpec
 from torchrl.data import OneHot as OneHotSpec
-from torchrl.data import TensorSpec
 from torchrl.envs.utils import ExplorationType, exploration_type
-from torchrl.modules import OneHotCategorical, ProbabilisticActor, QValueModule
+from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticActor, QValueModule, TanhNormal
 
-from torchrl_mouse.modules.heads import DQNHead, SwiGLUHead
+from torchrl_mouse.functional import vec_dqn_scores
+from torchrl_mouse.modules.checks import check_size
+from torchrl_mouse.modules.heads import DQNHead, GaussianHead, SwiGLUHead, VecDQNHead, VectorHead
 from torchrl_mouse.schema import ACTION, EPISODE_STEP, PREVIOUS_ACTION, require
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
     from tensordict.utils import NestedKey
+    from torchrl.data import TensorSpec
 
+VEC_DQN_SCORES: NestedKey = "vec_dqn_scores"
+ACTION_VALUE: NestedKey = "action_value"
 LOGITS: NestedKey = "logits"
+LOC: NestedKey = "loc"
+SCALE: NestedKey = "scale"
 
 
-class _Temperature(torch.nn.Module):
+class _ActionScores(TensorDictModuleBase):
+    """Writes scores ``[*, num_actions]``: those of the first actions in scores ``[*, A]`` or vectors ``[*, A, V]``.
+
+    The mask ``[*, num_actions]`` is always checked here, but only vectors' scores depend on it: the choice applies it.
+    """
+
+    def __init__(
+        self, source: NestedKey, scores: NestedKey, num_actions: int, vectors: bool, action_mask_key: NestedKey | None
+    ) -> None:
+        super().__init__()
+        self.num_actions = num_actions
+        self.vectors = vectors
+        self.action_mask_key = action_mask_key
+        self.in_keys = [source] if action_mask_key is None else [source, action_mask_key]
+        self.out_keys = [scores]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        output = require(tensordict, self.in_keys[0])
+        mask = None if self.action_mask_key is None else require(tensordict, self.action_mask_key, "bool")
+        if mask is not None and mask.shape[-1:] != (self.num_actions,):
+            raise ValueError(
+                f"make_actor: entry {self.action_mask_key!r} must hold a flag for each of the space's "
+                f"{self.num_actions} actions, got shape {tuple(mask.shape)}. Cut or pad it in the environment."
+            )
+        if self.vectors:
+            if mask is not None:  # The head's further actions are none of the space's.
+                mask = F.pad(mask, (0, output.shape[-2] - self.num_actions))
+            output = vec_dqn_scores(output, mask)
+        return tensordict.set(self.out_keys[0], output[..., : self.num_actions])
+
+
+class _Logits(torch.nn.Module):
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, scores: torch.Tensor) -> torch.Tensor:
-        return scores / self.temperature
+    def forward(self, scores: torch.Tensor, action_mask: torch.Tensor | None = None) -> torch.Tensor:
+        logits = scores / self.temperature
+        # Not -inf: where nothing is allowed, as may be at an episode's end, any action will do, and none must fail.
+        return logits if action_mask is None else torch.where(action_mask, logits, torch.finfo(logits.dtype).min)
 
 
 class StickyActions(TensorDictModuleBase):
@@ -90,26 +138,39 @@ def make_actor(
     spec: TensorSpec,
     *,
     temperature: float = 0.0,
+    num_actions: int | None = None,
+    action_mask_key: NestedKey | None = None,
     action_key: NestedKey = ACTION,
 ) -> TensorDictSequential:
-    """Composes a policy that acts on the scores of one head.
+    """Composes a policy that acts on the output of one head.
+
+    Besides the head's output it writes what it chose by: the scores of a vector head to ``vec_dqn_scores``, and those
+    that were cut or masked to ``action_value`` (greedily, forbidden actions have the type's least number there).
 
     Args:
         trunk: writes ``hidden``.
-        head: reads ``hidden`` and writes scores ``[*, A]``; ``A`` is compared with the space where it wraps a
-            :class:`SwiGLUHead` or :class:`DQNHead`.
-        spec: the action spec of one environment row (``env.action_spec_unbatched``), ``OneHot`` or ``Categorical``.
+        head: reads ``hidden`` and writes scores ``[*, A]``, for a :class:`VectorHead` or :class:`VecDQNHead` vectors
+            ``[*, A, V]``; ``A`` is compared with the space where it wraps one of our heads. In a continuous space it
+            wraps a :class:`GaussianHead`, see :func:`gaussian_policy`.
+        spec: the action spec of one environment row (``env.action_spec_unbatched``), ``OneHot`` or ``Categorical``; for
+            a :class:`GaussianHead` continuous, ``Bounded`` or ``Unbounded``.
         temperature: 0 takes the best action (a ``QValueModule``, which also writes ``chosen_action_value``); above it,
             actions are drawn from ``softmax(scores / temperature)`` (a ``ProbabilisticActor``: the best action where
             TorchRL's exploration type is deterministic).
+        num_actions: act with that many of the head's actions, the first ones; the space must have as many. All by
+            default. Vectors are compared with those of all the head's actions, as in MOUSE, unless there is a mask.
+        action_mask_key: entry bool ``[*, A]`` over the space's actions, true where one is allowed
+            (:data:`~torchrl_mouse.schema.ACTION_MASK` by convention); vectors are compared among these only. All are
+            allowed by default.
         action_key: where the action is written.
 
     Returns:
-        A ``TensorDictSequential``; append TorchRL's ``EGreedyModule`` to explore.
+        A ``TensorDictSequential``; append TorchRL's ``EGreedyModule`` to explore (with the same ``action_mask_key``).
 
     Raises:
-        TypeError: the action space is not discrete.
-        ValueError: a negative temperature or none at all (NaN), or another number of actions than the head's.
+        TypeError: the action space is not of the head's kind.
+        ValueError: a negative temperature or none at all (NaN), another number of actions than the head's, or an option
+            that a continuous space has no use for. When acting: the mask's number of flags is not the space's.
 
     Examples:
         >>> from torchrl_mouse.models import MouseConfig, MouseModel
@@ -118,27 +179,118 @@ def make_actor(
         >>> type(make_actor(model.trunk, model.head("dqn"), CategoricalSpec(3))[-1]).__name__
         'QValueModule'
     """
-    if type(spec) not in (CategoricalSpec, OneHotSpec):  # TorchRL's spaces of several choices are their subclasses
-        raise TypeError(f"make_actor: the action spec must be Categorical or OneHot, got {type(spec).__name__}.")
-    module = getattr(head, "module", None)
-    module = module.online if isinstance(module, DQNHead) else module
-    if isinstance(module, SwiGLUHead) and module.out_dim != spec.space.n:
-        raise ValueError(
-            f"make_actor: the action space must have the head's {module.out_dim} actions, got {spec.space.n}. "
-            "Build the model with max_num_actions set to it."
-        )
     if not temperature >= 0:
         raise ValueError(f"make_actor: temperature must be at least 0, got {temperature}.")
-    scores = head.out_keys[0]
+    network = _network(head)
+    if isinstance(network, GaussianHead):
+        if temperature != 0 or num_actions is not None or action_mask_key is not None:
+            raise ValueError(
+                "make_actor: temperature, num_actions and action_mask_key must be left out for a GaussianHead, got "
+                f"{temperature}, {num_actions} and {action_mask_key!r}. It draws with a spread that it learns: use "
+                "set_exploration_type to act without chance."
+            )
+        return ProbabilisticTensorDictSequential(trunk, *gaussian_policy(head, spec, action_key=action_key))
+    _check_discrete(spec, network, num_actions)
+    vectors = isinstance(network, VectorHead)
+    modules, scores = [trunk, head], head.out_keys[0]
+    if vectors or num_actions is not None or action_mask_key is not None:
+        source, scores = scores, VEC_DQN_SCORES if vectors else ACTION_VALUE
+        modules.append(_ActionScores(source, scores, spec.space.n, vectors, action_mask_key))
     if temperature == 0:
-        choose = QValueModule(action_value_key=scores, out_keys=[action_key, scores, "chosen_action_value"], spec=spec)
-        return TensorDictSequential(trunk, head, choose)
-    one_hot = isinstance(spec, OneHotSpec)
+        out_keys = [action_key, scores, "chosen_action_value"]
+        return TensorDictSequential(*modules, QValueModule(None, scores, action_mask_key, out_keys, spec=spec))
+    read = [scores] if action_mask_key is None else [scores, action_mask_key]
     return ProbabilisticActor(
-        TensorDictSequential(trunk, head, TensorDictModule(_Temperature(temperature), [scores], [LOGITS])),
+        TensorDictSequential(*modules, TensorDictModule(_Logits(temperature), read, [LOGITS])),
         in_keys=[LOGITS],
         out_keys=[action_key],
         spec=spec,
-        distribution_class=OneHotCategorical if one_hot else Categorical,
+        distribution_class=OneHotCategorical if isinstance(spec, OneHotSpec) else Categorical,
         default_interaction_type=InteractionType.RANDOM,
     )
+
+
+def gaussian_policy(head: TensorDictModule, spec: TensorSpec, *, action_key: NestedKey = ACTION) -> ProbabilisticActor:
+    """Composes the policy over continuous actions that TorchRL's losses take as actor network; it reads ``hidden``.
+
+    It writes ``loc`` and ``scale``, draws the action and writes its log-probability. Without chance (deterministic
+    exploration) the action is the location, squashed into the bounds.
+
+    Args:
+        head: reads ``hidden`` and wraps a :class:`GaussianHead`.
+        spec: the action spec ``[action_dim]`` of one environment row (``env.action_spec_unbatched``), continuous:
+            ``Bounded`` gives a ``TanhNormal`` inside its bounds, ``Unbounded`` an ``IndependentNormal``.
+        action_key: where the action is written.
+
+    Raises:
+        TypeError: another head, or a space that is not continuous.
+        ValueError: another size of action than the head's, or an infinite bound.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> head = TensorDictModule(GaussianHead(16, 2, hidden_dim=8), ["hidden"], ["gaussian"])
+        >>> policy = gaussian_policy(head, Bounded(-1.0, 1.0, shape=(2,)))
+        >>> out = policy(TensorDict({"hidden": torch.zeros(3, 16)}, [3]))
+        >>> out["action"].shape, out["action_log_prob"].shape
+        (torch.Size([3, 2]), torch.Size([3]))
+    """
+    network = _network(head)
+    if not isinstance(network, GaussianHead):
+        raise TypeError(
+            f"gaussian_policy: the head must be a GaussianHead, got {type(network).__name__} for "
+            f"{type(spec).__name__}. Use make_actor for heads of scores and discrete spaces."
+        )
+    bounded = isinstance(spec, Bounded)
+    if not (bounded or isinstance(spec, Unbounded)) or not spec.dtype.is_floating_point:
+        raise TypeError(
+            "gaussian_policy: the action spec of a GaussianHead must be Bounded or Unbounded and continuous, got "
+            f"{type(spec).__name__}. Act with a head of scores, such as DQNHead, in a discrete space."
+        )
+    if spec.shape != (network.action_dim,):
+        raise ValueError(
+            f"gaussian_policy: the action spec must have the head's shape {(network.action_dim,)}, got "
+            f"{tuple(spec.shape)}. Give env.action_spec_unbatched, and a head with its size as action_dim."
+        )
+    bounds = {"low": spec.space.low, "high": spec.space.high} if bounded else {}
+    if not all(bound.isfinite().all() for bound in bounds.values()):
+        raise ValueError(
+            f"gaussian_policy: the bounds of the action spec must be finite, got {spec.space.low.tolist()} to "
+            f"{spec.space.high.tolist()}. Use an Unbounded spec, or wide finite bounds."
+        )
+    parameters = TensorDictModule(NormalParamExtractor(), head.out_keys, [LOC, SCALE])
+    return ProbabilisticActor(
+        TensorDictSequential(head, parameters),
+        in_keys=[LOC, SCALE],
+        out_keys=[action_key],
+        spec=spec,
+        distribution_class=TanhNormal if bounded else IndependentNormal,
+        distribution_kwargs=bounds,
+        return_log_prob=True,
+        default_interaction_type=InteractionType.RANDOM,
+    )
+
+
+def _network(head: TensorDictModule) -> torch.nn.Module | None:
+    module: torch.nn.Module | None = getattr(head, "module", None)
+    return module.online if isinstance(module, DQNHead | VecDQNHead) else module
+
+
+def _check_discrete(spec: TensorSpec, network: torch.nn.Module | None, num_actions: int | None) -> None:
+    if type(spec) not in (CategoricalSpec, OneHotSpec):  # TorchRL's spaces of several choices are their subclasses
+        raise TypeError(
+            f"make_actor: the action spec must be Categorical or OneHot, got {type(spec).__name__} for a head of type "
+            f"{type(network).__name__}. Continuous spaces need a GaussianHead; encode others as one choice."
+        )
+    limit = None  # The actions of a network that is not ours are not known.
+    if isinstance(network, SwiGLUHead):
+        limit = network.num_actions if isinstance(network, VectorHead) else network.out_dim
+    if num_actions is None:
+        if limit not in (None, spec.space.n):
+            raise ValueError(
+                f"make_actor: the action space must have the head's {limit} actions, got {spec.space.n}. "
+                "Build the model with max_num_actions set to it, or give num_actions to act with the first of them."
+            )
+        return
+    check_size("make_actor", "num_actions", num_actions, most=limit)
+    if num_actions != spec.space.n:
+        raise ValueError(f"make_actor: num_actions must be the action space's {spec.space.n}, got {num_actions}.")

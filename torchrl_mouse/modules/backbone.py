@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
-from typing import Any, Literal, NamedTuple
+import math
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import Cache, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3Model
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.kv_cache import KeyValues
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BackboneKind = Literal["llama", "qwen3"]
 
@@ -29,6 +38,26 @@ FAMILIES: dict[str, _Family] = {
     "qwen3": _Family(Qwen3Config, Qwen3Model, 3, 32768, 1e-6),
 }
 """The kinds of backbone, with MOUSE's defaults."""
+
+FURTHER_OPTIONS = (
+    "rope_parameters",
+    "rms_norm_eps",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "attention_dropout",
+    "initializer_range",
+)
+"""What is passed on to the configuration of `transformers`, where the family has it."""
+
+_OLD_ROPE_OPTIONS = {"rope_theta", "rope_scaling"}  # as `transformers` 4 says it, and 5 converts
+
+# With these a token's turn depends on its position alone. The others ("dynamic", "longrope") look at the longest
+# context in the batch: a step's output would depend on other rows, and on how far its own context went later.
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+MAX_SIZE, MAX_LAYERS, MAX_PARAMETERS = 2**24, 2**12, 10**11
+"""What a configuration from a stranger may ask for, before any memory is taken."""
 
 
 class _RowCache(Cache):
@@ -62,7 +91,8 @@ class CausalBackbone(nn.Module):
 
     Args:
         hidden_dim: size ``D`` of a token.
-        kind: decoder family.
+        kind: decoder family; by default ``"qwen3"`` if ``head_dim`` is given, else ``"llama"``, which is how MOUSE
+            reads configurations that do not say.
         num_layers: number of decoder layers.
         num_heads: number of attention heads.
         num_key_value_heads: number of key and value heads, a divisor of ``num_heads``; all heads by default.
@@ -70,12 +100,19 @@ class CausalBackbone(nn.Module):
         max_position_embeddings: largest number of tokens in a context; 4096 for Llama, 32768 for Qwen3.
         expand: width of the feed-forward layer in multiples of ``D``; 4 for Llama, 3 for Qwen3.
         intermediate_size: the same width outright; overrides ``expand``.
-        kwargs: further options of the `transformers` configuration (``rope_parameters``, ``rms_norm_eps``,
-            ``attention_bias``, ``attention_dropout``, ``initializer_range``).
+        num_hidden_layers: another name of ``num_layers``, as published configurations have it.
+        num_attention_heads: another name of ``num_heads``.
+        use_sliding_window: an option of published configurations, which must be false: every token sees its whole
+            context.
+        kwargs: further options of the `transformers` configuration: ``rope_parameters`` (of type ``"default"``,
+            ``"linear"``, ``"llama3"`` or ``"yarn"``; or ``rope_theta`` and ``rope_scaling``, as of old),
+            ``rms_norm_eps``, ``hidden_act``, ``attention_bias``, ``mlp_bias`` (Llama), ``attention_dropout``,
+            ``initializer_range``.
 
     Raises:
-        TypeError: an option that does not exist, or a size that is no integer.
-        ValueError: an unknown kind, a non-positive size, or heads that do not divide the width.
+        TypeError: an option that is missing, does not exist or has the wrong type.
+        ValueError: an unknown kind, a size out of range, heads that do not divide the width, positions that do not
+            make one decoder of windows and steps, or more than 1e11 parameters; all before memory is taken.
 
     Examples:
         >>> backbone = CausalBackbone(16, num_layers=1, num_heads=2)
@@ -90,21 +127,33 @@ class CausalBackbone(nn.Module):
     def __init__(
         self,
         hidden_dim: int,
-        kind: BackboneKind = "llama",
+        kind: BackboneKind | None = None,
         *,
-        num_layers: int,
-        num_heads: int,
+        num_layers: int | None = None,
+        num_heads: int | None = None,
         num_key_value_heads: int | None = None,
         head_dim: int | None = None,
         max_position_embeddings: int | None = None,
         expand: int | None = None,
         intermediate_size: int | None = None,
+        num_hidden_layers: int | None = None,
+        num_attention_heads: int | None = None,
+        use_sliding_window: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        if kind is None:
+            kind = "llama" if head_dim is None else "qwen3"
         if kind not in FAMILIES:
             raise ValueError(f"CausalBackbone: kind must be one of {', '.join(FAMILIES)}, got {kind!r}.")
+        if use_sliding_window:
+            raise ValueError(
+                f"CausalBackbone: use_sliding_window must be false, got {use_sliding_window!r}. Every token sees its "
+                "whole context: leave it out if contexts are no longer than the window."
+            )
         family = FAMILIES[kind]
+        num_layers = _either(num_layers=num_layers, num_hidden_layers=num_hidden_layers)
+        num_heads = _either(num_heads=num_heads, num_attention_heads=num_attention_heads)
         sizes = {"hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads}
         optional = {
             "num_key_value_heads": num_key_value_heads,
@@ -114,13 +163,13 @@ class CausalBackbone(nn.Module):
             "intermediate_size": intermediate_size,
         }
         for name, value in (sizes | {name: size for name, size in optional.items() if size is not None}).items():
-            check_size("CausalBackbone", name, value)
+            check_size("CausalBackbone", name, value, most=MAX_LAYERS if name == "num_layers" else MAX_SIZE)
         num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         if num_heads % num_key_value_heads:
             raise ValueError(
                 f"CausalBackbone: num_key_value_heads must divide num_heads={num_heads}, got {num_key_value_heads}."
             )
-        if head_dim is None and hidden_dim % num_heads:
+        if hidden_dim % num_heads and (head_dim is None or kind == "llama"):
             raise ValueError(
                 f"CausalBackbone: num_heads must divide hidden_dim={hidden_dim}, got {num_heads}. "
                 "Change one of them, or give head_dim (Qwen3)."
@@ -134,6 +183,16 @@ class CausalBackbone(nn.Module):
             max_position_embeddings = family.max_position_embeddings
         if intermediate_size is None:
             intermediate_size = (family.expand if expand is None else expand) * hidden_dim
+            check_size("CausalBackbone", "expand * hidden_dim", intermediate_size, most=MAX_SIZE)
+        # The matrices of a layer; biases and norms are next to nothing.
+        attention = 2 * hidden_dim * head_dim * (num_heads + num_key_value_heads)
+        parameters = num_layers * (attention + 3 * hidden_dim * intermediate_size)
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"CausalBackbone: sizes must make at most {MAX_PARAMETERS:.0e} parameters, got {parameters:.1e} of "
+                f"hidden_dim={hidden_dim}, num_layers={num_layers}, num_heads={num_heads}, head_dim={head_dim}, "
+                f"intermediate_size={intermediate_size}. Make one of them smaller."
+            )
         fixed: dict[str, Any] = {
             "vocab_size": 1,  # Steps come embedded; the table of `transformers` is a stub.
             "hidden_size": hidden_dim,
@@ -148,13 +207,12 @@ class CausalBackbone(nn.Module):
             "eos_token_id": None,
             "use_cache": False,
         }
-        further = {entry.name for entry in dataclasses.fields(family.config)} - set(fixed)
+        further = {entry.name for entry in dataclasses.fields(family.config)} & set(FURTHER_OPTIONS) | _OLD_ROPE_OPTIONS
         for name in kwargs:
             if name not in further:
                 nearest = difflib.get_close_matches(name, sorted({*further, *sizes, *optional}), cutoff=0.0)
                 raise TypeError(f"CausalBackbone: unknown option {name!r}. The nearest are {', '.join(nearest)}.")
-        kwargs.setdefault("rms_norm_eps", family.rms_norm_eps)
-        config = family.config(**fixed, attn_implementation="sdpa", **kwargs)
+        config = _make_config(family, fixed, {"rms_norm_eps": family.rms_norm_eps, **kwargs})
         self.kind = kind
         self.model = family.model(config)
         self.model.norm = nn.Identity()
@@ -271,3 +329,69 @@ class CausalBackbone(nn.Module):
             use_cache=False,
         ).last_hidden_state
         return out
+
+
+def _either(**spellings: int | None) -> int:
+    """Returns the value of an option that has two names."""
+    given = {name: value for name, value in spellings.items() if value is not None}
+    if not given:
+        raise TypeError(f"CausalBackbone: {' or '.join(spellings)} must be given, got neither.")
+    first, *others = given.values()
+    if any(other != first for other in others):
+        raise ValueError(
+            f"CausalBackbone: {' and '.join(given)} must be the same, got {first!r} and {others[0]!r}. Give one."
+        )
+    return first
+
+
+@contextmanager
+def clear_errors(where: str) -> Iterator[None]:
+    """Turns what `transformers` raises at unusable options into a ``TypeError`` or ``ValueError``.
+
+    Args:
+        where: whose options they are, for the error.
+
+    Examples:
+        >>> with clear_errors("CausalBackbone"):
+        ...     LlamaConfig(attention_bias="yes")
+        Traceback (most recent call last):
+            ...
+        TypeError: CausalBackbone: options must make a configuration of transformers, got: TypeError: Field
+        'attention_bias' expected bool, got str (value: 'yes').
+    """
+    try:
+        yield
+    except (StrictDataclassError, LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        kind = TypeError if isinstance(error.__cause__ or error, TypeError) else ValueError
+        reason = str(error).splitlines()[-1].strip()
+        raise kind(f"{where}: options must make a configuration of transformers, got: {reason}.") from error
+
+
+def _make_config(family: _Family, fixed: dict[str, Any], options: dict[str, Any]) -> PreTrainedConfig:
+    """Builds the configuration of a model; what `transformers` would stumble over later is refused here."""
+    if str(activation := options.get("hidden_act", "silu")) not in ACT2FN:
+        raise ValueError(f"CausalBackbone: hidden_act must be an activation of transformers, got {activation!r}.")
+    old = [name for name in sorted(_OLD_ROPE_OPTIONS) if options.get(name) is not None]
+    if old and options.get("rope_parameters") is not None:
+        raise ValueError(
+            f"CausalBackbone: rope_parameters must hold all about positions, got {old[0]} besides. Put it there."
+        )
+    with clear_errors("CausalBackbone"):
+        # A copy, since `transformers` writes into what it is given.
+        config = family.config(**fixed, attn_implementation="sdpa", **copy.deepcopy(options))
+        rope_type = config.rope_parameters.get("rope_type")
+    if rope_type not in ROPE_TYPES:
+        raise ValueError(
+            f"CausalBackbone: rope_type must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}. Others turn a token "
+            "by more than its position, so steps would not agree with windows: give rope_parameters of one of these."
+        )
+    with clear_errors("CausalBackbone"), torch.device("cpu"):  # On the meta device nothing could be looked at.
+        rotary = LlamaRotaryEmbedding(config)
+        turns = [*rotary.inv_freq.tolist(), rotary.attention_scaling]
+        usable = len(turns) - 1 == fixed["head_dim"] // 2 and all(0 < turn < math.inf for turn in turns)
+    if not usable:
+        raise ValueError(
+            "CausalBackbone: rope_parameters must give finite, positive frequencies for the whole head, got "
+            f"{config.rope_parameters}."
+        )
+    return config

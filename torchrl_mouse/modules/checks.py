@@ -1,20 +1,40 @@
-"""What the modules ask of their sizes."""
+"""What the modules ask of their options."""
 
 from __future__ import annotations
 
+import inspect
+from typing import TYPE_CHECKING, Any
 
-def check_size(where: str, name: str, value: int, least: int = 1) -> None:
-    """Raises unless a size is an integer that is large enough.
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
+    "dict": (dict,),
+    "Mapping": (dict,),
+    "None": (type(None),),
+}
+
+
+MAX_INT = 2**31 - 1
+
+
+def check_size(where: str, name: str, value: int, least: int = 1, most: int | None = None) -> None:
+    """Raises unless a size is an integer in its range.
 
     Args:
         where: whose argument it is, for the error.
         name: the argument's name.
         value: the size.
         least: the smallest allowed.
+        most: the largest allowed; ``None`` for any.
 
     Raises:
         TypeError: it is no integer; a boolean is none.
-        ValueError: it is too small.
+        ValueError: it is too small or too large.
 
     Examples:
         >>> check_size("Trunk", "window", 0)
@@ -26,3 +46,48 @@ def check_size(where: str, name: str, value: int, least: int = 1) -> None:
         raise TypeError(f"{where}: {name} must be an integer, got {value!r}.")
     if value < least:
         raise ValueError(f"{where}: {name} must be at least {least}, got {value}.")
+    if most is not None and value > most:
+        raise ValueError(f"{where}: {name} must be at most {most}, got {value}.")
+
+
+def check_options(where: str, options: Mapping[str, Any], *builders: type) -> None:
+    """Raises unless options name arguments of classes, and are of the simple types that these are annotated with.
+
+    What comes from a file gets so a clear error before anything is built.
+
+    Args:
+        where: whose options they are, for the error.
+        options: by name.
+        builders: the class that takes them, then those that it passes its ``**kwargs`` on to; where the last one takes
+            ``**kwargs``, unknown names are left to it.
+
+    Raises:
+        TypeError: an unknown option, or a value of another type.
+        ValueError: an integer so large that no size can be meant.
+
+    Examples:
+        >>> from torchrl_mouse.modules import StepEmbedder
+        >>> check_options("embedding_kwargs", {"token_data_len": "2"}, StepEmbedder)
+        Traceback (most recent call last):
+            ...
+        TypeError: embedding_kwargs: token_data_len must be int, got '2'.
+    """
+    known: dict[str, str] = {}
+    for build in builders:
+        parameters = inspect.signature(build).parameters.values()
+        options_of = [p for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+        known |= {p.name: str(p.annotation) for p in options_of}
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name, value in options.items():
+        if name not in known:
+            if open_ended:
+                continue
+            raise TypeError(f"{where}: unknown option {name!r}. The options are {', '.join(sorted(known))}.")
+        kinds = [part.partition("[")[0] for part in known[name].split(" | ")]
+        if not all(kind in _TYPES for kind in kinds):
+            continue  # A choice of words, which the class itself checks.
+        types = tuple(kind for part in kinds for kind in _TYPES[part])
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise TypeError(f"{where}: {name} must be {' or '.join(kinds)}, got {value!r}.")
+        if isinstance(value, int) and abs(value) > MAX_INT:
+            raise ValueError(f"{where}: {name} must lie within +-{MAX_INT}, got {value}.")

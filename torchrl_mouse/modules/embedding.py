@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from torchrl_mouse.modules.checks import check_size
+from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
 from torchrl_mouse.schema import check_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from tensordict.utils import NestedKey
+    from torchrl.envs import EnvBase
 
 
 class TokenType(IntEnum):
@@ -174,9 +178,15 @@ class StepEmbedder(nn.Module):
     By default the vectors are added; ``concat_modalities`` gives each modality tokens of its own. Compute tokens, the
     same at every step, follow. The last token is the one whose hidden state stands for the step.
 
+    The initial output of every modality has standard deviation ``std``, so that none drowns the others. MOUSE departs
+    from that in two: its discrete table begins at ``std / sqrt(max_num_obs_discrete)``, fainter than the rest, and its
+    linear encoder's output grows with ``sqrt(C)``. Here the table begins at ``std``, and the linear weights, meant for
+    inputs of variance 1, are divided by ``sqrt(C)``.
+
     Args:
         hidden_dim: size ``D`` of a token.
-        max_num_actions: number of action ids.
+        max_num_actions: number of action ids,
+        max_num_action_continuous: or size of an action that is a vector of numbers; at most one of the two.
         max_num_obs_continuous: size ``C`` of the continuous observation.
         max_num_obs_discrete: number of discrete observation ids.
         max_num_obs_image: number ``P`` of pixels.
@@ -193,15 +203,16 @@ class StepEmbedder(nn.Module):
         token_data_len: tokens per modality (or per step, when modalities are added).
         num_compute_tokens: learned tokens after the data, room to compute before the step is read out.
         concat_modalities: each modality has its own tokens.
-        continuous_encoder: ``"fourier"`` resolves differences over several scales; ``"linear"`` suits inputs that
-            are already standardised.
+        continuous_encoder: of observations and actions; ``"fourier"`` resolves differences over several scales;
+            ``"linear"`` suits inputs of about mean 0 and variance 1.
         fourier_in_min: smallest difference of a number to resolve.
         fourier_in_max: largest extent of a number to cover.
         std: standard deviation of a modality's initial output, about the same for all.
 
     Raises:
         TypeError: a size is no integer.
-        ValueError: a size that an active modality needs is missing, or any option is out of range.
+        ValueError: a size that an active modality needs is missing, both sizes of an action are given, or any option
+            is out of range.
 
     Examples:
         >>> embedder = StepEmbedder(16, max_num_actions=5, max_num_obs_continuous=2, num_compute_tokens=1)
@@ -215,6 +226,7 @@ class StepEmbedder(nn.Module):
         hidden_dim: int,
         *,
         max_num_actions: int = 0,
+        max_num_action_continuous: int = 0,
         max_num_obs_continuous: int = 0,
         max_num_obs_discrete: int = 0,
         max_num_obs_image: int = 0,
@@ -248,6 +260,7 @@ class StepEmbedder(nn.Module):
         for name, value, least in (
             ("hidden_dim", hidden_dim, 1),
             ("max_num_actions", max_num_actions, 0),
+            ("max_num_action_continuous", max_num_action_continuous, 0),
             ("max_num_obs_continuous", max_num_obs_continuous, 0),
             ("max_num_obs_discrete", max_num_obs_discrete, 0),
             ("max_num_obs_image", max_num_obs_image, 0),
@@ -256,10 +269,19 @@ class StepEmbedder(nn.Module):
             ("num_compute_tokens", num_compute_tokens, 0),
         ):
             check_size("StepEmbedder", name, value, least)
+        if max_num_actions and max_num_action_continuous:
+            raise ValueError(
+                "StepEmbedder: at most one of max_num_actions and max_num_action_continuous must be given, got "
+                f"{max_num_actions} and {max_num_action_continuous}. An action is an id or a vector."
+            )
         self.hidden_dim = hidden_dim
         self.token_data_len = token_data_len
         self.concat_modalities = concat_modalities
-        self._sizes = {"continuous": max_num_obs_continuous, "image": max_num_obs_image}
+        self._sizes = {
+            "action": max_num_action_continuous,
+            "continuous": max_num_obs_continuous,
+            "image": max_num_obs_image,
+        }
         width = token_data_len * hidden_dim
 
         def active(name: str, include: bool | None, size: int) -> bool:
@@ -268,22 +290,26 @@ class StepEmbedder(nn.Module):
                 raise ValueError(f"StepEmbedder: {name} must be at least 1 for an included modality, got {size}.")
             return include
 
+        def encoder(size: int) -> nn.Module:
+            if continuous_encoder == "fourier":
+                return FourierEmbedder(size, width, fourier_in_min, fourier_in_max, std)
+            return LinearEmbedder(size, width, std * math.sqrt(3 / size))
+
         if active("max_num_time_steps", include_time_token, max_num_time_steps):
             self.time_embedder = TimeEmbedder(max_num_time_steps, width, std, "time")
-        if active("max_num_actions", include_action_token, max_num_actions):
-            self.action_embedder = TableEmbedder(max_num_actions, width, std, "action")
+        action_size = max_num_actions or max_num_action_continuous
+        if active("max_num_actions or max_num_action_continuous", include_action_token, action_size):
+            self.action_embedder: nn.Module = (
+                encoder(max_num_action_continuous)
+                if max_num_action_continuous
+                else TableEmbedder(max_num_actions, width, std, "action")
+            )
         if active("max_num_obs_continuous", include_obs_continuous, max_num_obs_continuous):
-            if continuous_encoder == "fourier":
-                self.obs_continuous_embedder: nn.Module = FourierEmbedder(
-                    max_num_obs_continuous, width, fourier_in_min, fourier_in_max, std
-                )
-            else:
-                scale = std * math.sqrt(3 / max_num_obs_continuous)
-                self.obs_continuous_embedder = LinearEmbedder(max_num_obs_continuous, width, scale)
+            self.obs_continuous_embedder = encoder(max_num_obs_continuous)
         if active("max_num_obs_discrete", include_obs_discrete, max_num_obs_discrete):
             self.obs_discrete_embedder = TableEmbedder(max_num_obs_discrete, width, std, "discrete")
         if active("max_num_obs_image", include_obs_image, max_num_obs_image):
-            scale = 3 * std / math.sqrt(max_num_obs_image)
+            scale = 3 * std / math.sqrt(max_num_obs_image)  # a pixel's variance is 1/3, a weight's scale^2 / 3
             self.obs_image_embedder = LinearEmbedder(max_num_obs_image, width, scale, gain=1 / 127.5, offset=-1.0)
         if include_reward_token:
             self.reward_embedder = FourierEmbedder(1, width, fourier_in_min, fourier_in_max, std)
@@ -296,6 +322,28 @@ class StepEmbedder(nn.Module):
         if num_compute_tokens:
             self.compute_embed = nn.Parameter(torch.empty(num_compute_tokens, hidden_dim).normal_(std=std))
 
+    @classmethod
+    def from_specs(
+        cls, env: EnvBase, hidden_dim: int, *, keys: Mapping[str, NestedKey] | None = None, **options: Any
+    ) -> StepEmbedder:
+        """Builds an embedder for what an environment writes.
+
+        Args:
+            env: the environment; its sizes are read by
+                :func:`~torchrl_mouse.modules.specs.embedding_kwargs_from_specs`, which says what it raises.
+            hidden_dim: size ``D`` of a token.
+            keys: the entries that modalities read, where not the default ones; a ``Trunk`` needs the same.
+            options: further options of the class; they override what is read.
+
+        Examples:
+            >>> from torchrl.envs import GymEnv
+            >>> from torchrl_mouse.envs import TaskEnv
+            >>> env = TaskEnv(GymEnv("CartPole-v1"), steps_per_task=100)
+            >>> list(StepEmbedder.from_specs(env, 16, max_num_time_steps=101).modalities)
+            ['time', 'action', 'continuous', 'reward', 'done']
+        """
+        return cls(hidden_dim, **{**embedding_kwargs_from_specs(env, keys=keys), **options})
+
     @property
     def modalities(self) -> dict[str, nn.Module]:
         """The active modalities' embedders, in the order of their tokens."""
@@ -304,7 +352,7 @@ class StepEmbedder(nn.Module):
         return {name: getattr(self, attribute) for name, attribute in embedders.items() if hasattr(self, attribute)}
 
     def num_ids(self, modality: str) -> int:
-        """Number of ids of a modality that has a table (``time``, ``action``, ``discrete``, ``done``)."""
+        """Number of ids of a modality that has a table (``time``, ``discrete``, ``done``, ``action`` if discrete)."""
         return int(self.modalities[modality].get_parameter("embed.weight").shape[0])
 
     @property
@@ -330,7 +378,8 @@ class StepEmbedder(nn.Module):
 
         Args:
             steps: by modality: ``time``, ``action``, ``discrete`` int64 ``[*]``; ``done`` int64 ``[*]`` in {0, 1, 2};
-                ``reward`` ``[*]``; ``continuous`` ``[*, C]``; ``image`` ``[*, P]`` in 0..255. Others are ignored.
+                ``reward`` ``[*]``; ``continuous`` ``[*, C]``; a continuous ``action`` ``[*, size]``; ``image``
+                ``[*, P]`` in 0..255. Others are ignored.
 
         Returns:
             ``[*, N, D]``.
@@ -344,9 +393,10 @@ class StepEmbedder(nn.Module):
             if name not in steps:
                 raise KeyError(f"StepEmbedder: modality {name!r} must be given, got only {', '.join(sorted(steps))}.")
             value = steps[name].unsqueeze(-1) if name == "reward" else steps[name]
-            if name in self._sizes and value.shape[-1:] != (self._sizes[name],):
+            size = self._sizes.get(name, 0)
+            if size and value.shape[-1:] != (size,):
                 raise ValueError(
-                    f"StepEmbedder: modality {name!r} must be [*, {self._sizes[name]}], got {tuple(value.shape)}. "
+                    f"StepEmbedder: modality {name!r} must be [*, {size}], got {tuple(value.shape)}. "
                     "Build the embedder with its size."
                 )
             vector = embedder(value)

@@ -77,8 +77,91 @@ class SwiGLUHead(nn.Module):
         return x
 
 
-class DQNHead(nn.Module):
-    """Action values: an online :class:`SwiGLUHead` and its target, as MOUSE's files hold them.
+class VectorHead(SwiGLUHead):
+    """A :class:`SwiGLUHead` that gives one vector per action.
+
+    Args:
+        in_dim: size of the hidden state.
+        num_actions: number ``A`` of actions.
+        vec_dim: size ``V`` of a vector; even, as its numbers are turned in pairs.
+        bias_scale: fills the last layer's bias, so that all vectors begin in one direction; by default the bias begins
+            like any linear layer's.
+        kwargs: further arguments of :class:`SwiGLUHead`.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is not positive, or ``vec_dim`` is odd.
+
+    Examples:
+        >>> import torch
+        >>> VectorHead(16, 5, vec_dim=4, hidden_dim=8)(torch.zeros(3, 16)).shape
+        torch.Size([3, 5, 4])
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_actions: int,
+        *,
+        vec_dim: int,
+        bias_scale: float | None = None,
+        **kwargs: int | float | bool,
+    ) -> None:
+        check_size("VectorHead", "num_actions", num_actions)
+        check_size("VectorHead", "vec_dim", vec_dim, least=2)
+        if vec_dim % 2:
+            raise ValueError(f"VectorHead: vec_dim must be even, got {vec_dim}.")
+        super().__init__(in_dim, num_actions * vec_dim, **kwargs)  # type: ignore[arg-type]
+        if bias_scale is not None:
+            nn.init.constant_(self.layers[-1].bias, bias_scale)  # type: ignore[arg-type]
+        self.num_actions = num_actions
+        self.vec_dim = vec_dim
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the vectors ``[*, A, V]`` of hidden states ``[*, in_dim]``."""
+        return super().forward(hidden).reshape(*hidden.shape[:-1], self.num_actions, self.vec_dim)
+
+
+class GaussianHead(SwiGLUHead):
+    """The location and the raw scale of a policy over continuous actions, side by side.
+
+    What reads it (:func:`~torchrl_mouse.modules.gaussian_policy`) turns the raw scale into a positive one.
+
+    Args:
+        in_dim: size of the hidden state.
+        action_dim: size of an action.
+        kwargs: further arguments of :class:`SwiGLUHead`.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is not positive.
+
+    Examples:
+        >>> import torch
+        >>> GaussianHead(16, 3, hidden_dim=8)(torch.zeros(2, 16)).shape
+        torch.Size([2, 6])
+    """
+
+    def __init__(self, in_dim: int, action_dim: int, **kwargs: int | float | bool) -> None:
+        check_size("GaussianHead", "action_dim", action_dim)
+        super().__init__(in_dim, 2 * action_dim, **kwargs)  # type: ignore[arg-type]
+        self.action_dim = action_dim
+
+
+class _HeadWithTarget(nn.Module):
+    def __init__(self, online: SwiGLUHead) -> None:
+        super().__init__()
+        self.online = online
+        self.target = copy.deepcopy(online).requires_grad_(False)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the online network's output for hidden states ``[*, in_dim]``."""
+        output: torch.Tensor = self.online(hidden)
+        return output
+
+
+class DQNHead(_HeadWithTarget):
+    """Action values ``[*, A]``: an online :class:`SwiGLUHead` and its target, as MOUSE's files hold them.
 
     Losses train ``online`` and keep a target of their own, which a new loss starts from ``online``. Nothing here reads
     ``target``: it is kept for the file, where :meth:`torchrl_mouse.models.MouseModel.set_target` brings a loss's.
@@ -96,11 +179,38 @@ class DQNHead(nn.Module):
     """
 
     def __init__(self, in_dim: int, num_actions: int, **kwargs: int | float | bool) -> None:
-        super().__init__()
-        self.online = SwiGLUHead(in_dim, num_actions, **kwargs)  # type: ignore[arg-type]
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        super().__init__(SwiGLUHead(in_dim, num_actions, **kwargs))  # type: ignore[arg-type]
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Returns the online action values ``[*, A]`` of hidden states ``[*, in_dim]``."""
-        values: torch.Tensor = self.online(hidden)
-        return values
+
+class VecDQNHead(_HeadWithTarget):
+    """Vectors ``[*, A, V]`` as action values: an online :class:`VectorHead` and its target, as in :class:`DQNHead`.
+
+    :func:`~torchrl_mouse.functional.vec_dqn_scores` makes scores of them.
+
+    Args:
+        in_dim: size of the hidden state.
+        num_actions: number ``A`` of actions.
+        vec_dim: size ``V`` of a vector; even.
+        bias_scale: fills the last layer's bias.
+        kwargs: further arguments of :class:`SwiGLUHead`.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is not positive, or ``vec_dim`` is odd.
+
+    Examples:
+        >>> import torch
+        >>> VecDQNHead(16, 5, vec_dim=2, hidden_dim=8)(torch.ones(1, 16)).shape
+        torch.Size([1, 5, 2])
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_actions: int,
+        *,
+        vec_dim: int,
+        bias_scale: float | None = None,
+        **kwargs: int | float | bool,
+    ) -> None:
+        super().__init__(VectorHead(in_dim, num_actions, vec_dim=vec_dim, bias_scale=bias_scale, **kwargs))

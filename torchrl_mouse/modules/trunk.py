@@ -11,7 +11,7 @@ from torchrl.modules.tensordict_module.rnn import recurrent_mode
 from torchrl_mouse import schema
 from torchrl_mouse.functional import segment_mask, segment_positions
 from torchrl_mouse.modules.checks import check_size
-from torchrl_mouse.modules.embedding import MODALITIES
+from torchrl_mouse.modules.embedding import MODALITIES, TableEmbedder
 from torchrl_mouse.modules.kv_cache import KVCache
 from torchrl_mouse.streams import StreamTracker
 
@@ -23,17 +23,6 @@ if TYPE_CHECKING:
 
     from torchrl_mouse.modules.backbone import CausalBackbone
     from torchrl_mouse.modules.embedding import StepEmbedder
-
-MODALITY_KEYS: dict[str, NestedKey] = {
-    "time": schema.EPISODE_STEP,
-    "action": schema.PREVIOUS_ACTION,
-    "continuous": schema.OBSERVATION,
-    "discrete": schema.OBSERVATION_DISCRETE,
-    "image": schema.PIXELS,
-    "reward": schema.PREVIOUS_REWARD,
-    "done": "previous",
-}
-"""The entry that each modality reads; ``done`` names the parent of ``terminated`` and ``truncated``."""
 
 
 class Trunk(TensorDictModuleBase):
@@ -57,7 +46,7 @@ class Trunk(TensorDictModuleBase):
         embedder: the step embedder.
         backbone: the causal backbone; ``None`` reads out each step by itself.
         window: number of steps a context holds in sequential mode.
-        keys: overrides of :data:`MODALITY_KEYS`.
+        keys: overrides of :data:`~torchrl_mouse.schema.MODALITY_KEYS`.
         overflow: what happens at a full context: ``"rebuild"`` goes on with the newest half, encoded afresh from the
             raw steps, so positions restart; ``"error"`` raises.
         on_weight_update: what happens to contexts after :meth:`mark_weight_update`: ``"rebuild"`` encodes their steps
@@ -113,7 +102,7 @@ class Trunk(TensorDictModuleBase):
         self.overflow = overflow
         self.on_weight_update = on_weight_update
         self.max_streams = max_streams
-        self.keys = {name: (keys or {}).get(name, MODALITY_KEYS[name]) for name in embedder.modalities}
+        self.keys = {name: (keys or {}).get(name, schema.MODALITY_KEYS[name]) for name in embedder.modalities}
         if backbone is not None:
             self._check_fits(window)
             if embedder.hidden_dim != backbone.hidden_dim:
@@ -244,11 +233,13 @@ class Trunk(TensorDictModuleBase):
     def read(self, steps: TensorDictBase) -> dict[str, torch.Tensor]:
         """Reads the modalities of steps ``[*]``: ids and codes int64 ``[*]``, ``reward`` ``[*]``, others ``[*, C]``.
 
-        Numbers get the weights' type; images keep theirs, since a context keeps its steps.
+        The previous action is an id, or numbers ``[*, C]``, as the embedder has it. Numbers get the weights' type;
+        images keep theirs, since a context keeps its steps.
         """
         values = {}
         dtype = next(self.embedder.parameters()).dtype
-        for name, key in self.keys.items():
+        for name, embedder in self.embedder.modalities.items():
+            key = self.keys[name]
             if name == "done":
                 terminated, truncated = (schema.require(steps, end, "bool") for end in self._end_keys())
                 values[name] = schema.done_code(terminated, truncated).reshape(steps.shape)
@@ -256,7 +247,7 @@ class Trunk(TensorDictModuleBase):
             value = schema.require(steps, key)
             if name == "reward":
                 values[name] = value.reshape(steps.shape).to(dtype)
-            elif name in ("time", "action", "discrete"):
+            elif isinstance(embedder, TableEmbedder):
                 values[name] = schema.to_ids(value, self.embedder.num_ids(name), steps.ndim, key)
             else:
                 value = value.flatten(steps.ndim) if value.ndim > steps.ndim else value.unsqueeze(-1)

@@ -125,12 +125,22 @@ class InContextLoss(LossModule):
 class CombinedLoss(LossModule):
     """Runs a trunk once and several losses on it.
 
+    TorchRL's own losses (PPO, SAC, ...) ride on it with networks that read ``hidden``. They evaluate what comes next in
+    its own place, so for them the trunk runs over one frame more, the last step's next one, and ``("next", "hidden")``
+    holds the hidden states shifted by one: the next frame, seen after all that came before it. Gradients flow through
+    both.
+
+    .. note:: Where a task ends inside a window, ``("next", "hidden")`` is that of the next task's first frame. Losses
+        do not bootstrap from it where ``("next", "terminated")`` is set; where a task was cut by a limit, point them to
+        its end: ``loss.set_keys(terminated="done")``. They bootstrap over the ends of episodes inside a task, unless
+        pointed at ``("previous", "terminated")``.
+
     Each parameter appears once, so ``loss.parameters()`` is what an optimiser wants; target updaters take the part
     that has targets: ``SoftUpdate(loss.losses["dqn"], tau=0.01)``.
 
     Args:
         trunk: writes ``hidden``.
-        losses: by name, losses built without a trunk.
+        losses: by name, losses built without a trunk, on heads that read ``hidden``.
         weights: factor of each loss's terms; 1 where not given.
 
     Raises:
@@ -140,7 +150,7 @@ class CombinedLoss(LossModule):
         >>> from torchrl_mouse.models import MouseConfig, MouseModel
         >>> from torchrl_mouse.objectives import SupervisedPolicyLoss
         >>> heads = {"embedding_kwargs": {"max_num_actions": 3}, "sp_head_kwargs": {}}
-        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone=None, **heads))
+        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone_kwargs=None, **heads))
         >>> CombinedLoss(model.trunk, {"sp": SupervisedPolicyLoss(model.head("sp"))}, weights={"sp": 0.5}).out_keys
         ['loss_sp']
     """
@@ -152,7 +162,7 @@ class CombinedLoss(LossModule):
     def __init__(
         self,
         trunk: TensorDictModuleBase,
-        losses: Mapping[str, InContextLoss],
+        losses: Mapping[str, LossModule],
         *,
         weights: Mapping[str, float] | None = None,
     ) -> None:
@@ -172,13 +182,17 @@ class CombinedLoss(LossModule):
         self.weights = {name: weights.get(name, 1.0) for name in losses}
         self.convert_to_functional(trunk, "trunk", create_target_params=False)
         self.losses = nn.ModuleDict(losses)
+        self.looks_ahead = not all(isinstance(loss, InContextLoss) for loss in losses.values())
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """The entries that the trunk and the losses read."""
         parts: list[Any] = list(self.losses.values())
         keys = [key for key in self.trunk.in_keys if key != schema.STREAM]
-        keys += [key for loss in parts for key in loss.in_keys if key != schema.HIDDEN]
+        if self.looks_ahead:
+            keys += [("next", *(key if isinstance(key, tuple) else (key,))) for key in keys if key != schema.IS_INIT]
+        written = (schema.HIDDEN, ("next", schema.HIDDEN))
+        keys += [key for loss in parts for key in loss.in_keys if key not in written]
         return list(dict.fromkeys(keys))
 
     @dispatch
@@ -189,8 +203,12 @@ class CombinedLoss(LossModule):
             tensordict: steps ``[*, T]``.
         """
         steps = tensordict.copy()
+        frames = self._with_next_frame(steps) if self.looks_ahead else steps
         with self.trunk_params.to_module(self.trunk, preserve_module_state=False):
-            self.trunk(steps)
+            self.trunk(frames)
+        if self.looks_ahead:
+            hidden = frames.get(schema.HIDDEN)
+            steps.set(schema.HIDDEN, hidden[..., :-1, :]).set(("next", schema.HIDDEN), hidden[..., 1:, :])
         out: dict[str, torch.Tensor] = {}
         for name, loss in self.losses.items():
             for key, value in loss(steps).items():
@@ -198,3 +216,13 @@ class CombinedLoss(LossModule):
             if (priority := getattr(loss.tensor_keys, "priority", None)) is not None:
                 tensordict.set(priority, steps.get(priority))
         return TensorDict(out)
+
+    def _with_next_frame(self, steps: TensorDictBase) -> TensorDictBase:
+        """Returns what the trunk reads ``[*, T + 1]``: the window's frames, and the one after its last step."""
+        if steps.ndim == 0:
+            raise ValueError("CombinedLoss: steps must be [*, T], got no time dimension.")
+        read = [key for key in self.trunk.in_keys if key not in (schema.STREAM, schema.IS_INIT)]
+        frames = steps.select(*read)
+        frames = torch.cat([frames, steps.get("next").select(*read)[..., -1:]], -1)
+        is_init = schema.require(steps, schema.IS_INIT, "bool")
+        return frames.set(schema.IS_INIT, torch.cat([is_init, torch.zeros_like(is_init[..., -1:, :])], -2))

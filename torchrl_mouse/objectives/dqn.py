@@ -58,7 +58,7 @@ class MouseDQNLoss(InContextLoss):
         >>> from torchrl_mouse.models import MouseConfig, MouseModel
         >>> from torchrl_mouse.schema import from_mouse_records
         >>> heads = {"embedding_kwargs": {"max_num_actions": 3}, "dqn_head_kwargs": {}}
-        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone=None, **heads))
+        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone_kwargs=None, **heads))
         >>> loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk, delay_value=False)
         >>> records = {"action": [[0, 2, 1]], "reward": [[0.0, 0.0, 1.0]], "done": [[0, 0, 1]], "time": [[0, 1, 2]]}
         >>> loss(from_mouse_records(TensorDict(records, [1, 3])))["loss_dqn"].shape

@@ -36,7 +36,7 @@ class SupervisedPolicyLoss(InContextLoss):
         >>> from torchrl_mouse.models import MouseConfig, MouseModel
         >>> from torchrl_mouse.schema import from_mouse_records
         >>> heads = {"embedding_kwargs": {"max_num_actions": 3}, "sp_head_kwargs": {"scale": 0.0}}
-        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone=None, **heads))
+        >>> model = MouseModel(MouseConfig(hidden_dim=16, backbone_kwargs=None, **heads))
         >>> records = {"action": [[0, 2]], "reward": [[0.0, 1.0]], "done": [[0, 0]], "time": [[0, 1]]}
         >>> records["q_star"] = [[[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
         >>> loss = SupervisedPolicyLoss(model.head("sp"), trunk=model.trunk)

@@ -1,0 +1,213 @@
+"""The files of a model, in a folder and on the Hub. Nothing is unpickled: what is read may come from anybody."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from huggingface_hub import CommitInfo
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
+
+MAX_CONFIG_BYTES = 2**20
+
+
+def write_checkpoint(directory: str | Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    """Writes ``config.json`` and ``model.safetensors``; when that fails, the old files stay.
+
+    Args:
+        directory: is made where there is none.
+        config: what JSON can hold.
+        weights: by name.
+
+    Examples:
+        >>> import torch
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_checkpoint(folder, {"hidden_dim": 2}, {"bias": torch.zeros(2)})
+        ...     read_checkpoint(folder)
+        ({'hidden_dim': 2}, {'bias': tensor([0., 0.])})
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
+        text = json.dumps(config, indent=2)
+        contiguous = {name: weight.contiguous() for name, weight in weights.items()}
+        # The weights name their configuration: a kill between the two moves below leaves a pair that is refused.
+        save_file(contiguous, Path(temporary, WEIGHTS_FILE), metadata={"config": text})
+        Path(temporary, CONFIG_FILE).write_text(text, encoding="utf-8")
+        file = directory / CONFIG_FILE
+        old = file.read_bytes() if file.exists() else None
+        os.replace(Path(temporary, CONFIG_FILE), file)
+        try:
+            os.replace(Path(temporary, WEIGHTS_FILE), directory / WEIGHTS_FILE)
+        except BaseException:  # The two belong together.
+            file.unlink() if old is None else file.write_bytes(old)
+            raise
+
+
+def read_checkpoint(directory: str | Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Reads the configuration, as JSON has it, and the weights by name.
+
+    Args:
+        directory: with ``config.json`` and ``model.safetensors``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file cannot be read, or the two are not of one save.
+    """
+    directory = Path(directory)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            found = ", ".join(sorted(file.name for file in directory.iterdir())) if directory.is_dir() else "no folder"
+            raise FileNotFoundError(
+                f"MouseModel: {directory} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got no {name} ({found or 'empty'}). "
+                "Weights are read from safetensors alone: pickled ones can run code."
+            )
+    file = directory / CONFIG_FILE
+    if (size := file.stat().st_size) > MAX_CONFIG_BYTES:
+        raise ValueError(f"MouseModel: {file} must have at most {MAX_CONFIG_BYTES} bytes, got {size}.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        weights = load_file(directory / WEIGHTS_FILE)
+        with safe_open(directory / WEIGHTS_FILE, "pt") as opened:
+            own = json.loads((opened.metadata() or {}).get("config", "null"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError) as error:
+        raise ValueError(f"MouseModel: the files in {directory} must be readable, got: {error}") from error
+    if own not in (None, values):
+        raise ValueError(
+            f"MouseModel: {CONFIG_FILE} in {directory} must be the one that {WEIGHTS_FILE} was saved with, got "
+            "another. A save was interrupted, or the file was changed: save the model again."
+        )
+    return values, weights
+
+
+def fetch_checkpoint(
+    repo_id_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    force_download: bool = False,
+    local_dir: str | Path | None = None,
+) -> Path:
+    """Returns the folder with a model's files, downloaded from the Hub (both of one commit) where it is not local.
+
+    Args:
+        repo_id_or_path: a folder, or a Hub repository ``"owner/name"``.
+        revision: branch, tag or commit of the repository.
+        token: of the Hub; the stored one by default.
+        force_download: download also what is in the cache.
+        local_dir: put the files there, instead of into the cache.
+
+    Raises:
+        FileNotFoundError: neither a folder nor the form of a repository id.
+        huggingface_hub.errors.RepositoryNotFoundError: no such repository, or no right to read it.
+        huggingface_hub.errors.RevisionNotFoundError: the repository has no such revision.
+    """
+    folder = Path(repo_id_or_path)
+    if folder.is_dir():
+        return folder
+    parts = str(repo_id_or_path).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise FileNotFoundError(
+            "MouseModel: the model must be in a folder or a Hub repository 'owner/name', got "
+            f"{str(repo_id_or_path)!r}, where there is no folder."
+        )
+    downloaded = snapshot_download(
+        str(repo_id_or_path),
+        revision=revision,
+        token=token,
+        force_download=force_download,
+        local_dir=local_dir,
+        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE],
+    )
+    return Path(downloaded)
+
+
+def push_checkpoint(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload model",
+) -> CommitInfo:
+    """Uploads the files of a folder to a Hub repository in one commit: it lands whole, or the old version stays.
+
+    Args:
+        directory: with the files.
+        repo_id: ``"owner/name"``; is made where there is none.
+        private: whether a new repository is private; ``None`` follows the owner's default.
+        token: of the Hub; the stored one by default.
+        revision: branch to commit to, made where there is none.
+        commit_message: of the commit.
+
+    Raises:
+        ValueError: a private repository is asked for, and there is a public one.
+    """
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if private and not api.repo_info(repo_id).private:
+        raise ValueError(
+            f"MouseModel: repository {repo_id} must be private, got one that is public already. Make it private on the "
+            "Hub, or choose another name."
+        )
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # Not `upload_folder`, which may take several commits.
+    files = [CommitOperationAdd(file.name, file) for file in sorted(Path(directory).iterdir())]
+    return api.create_commit(repo_id, files, commit_message=commit_message, revision=revision)
+
+
+def render_card(
+    repo_id: str,
+    *,
+    results: Mapping[str, Mapping[str, float]] | None = None,
+    **content: str,
+) -> str:
+    """Fills the template ``model_card.md``.
+
+    Args:
+        repo_id: the repository, also the model's name.
+        results: by where they were measured, and metric; for the card's ``model-index``.
+        content: what else the template asks for.
+
+    Examples:
+        >>> content = dict.fromkeys(["modalities", "backbone", "heads", "window", "parameters", "revision", "act"], "")
+        >>> render_card("me/agent", **content).splitlines()[1:3]
+        ['library_name: torchrl_mouse', 'model_name: agent']
+    """
+    data = ModelCardData(
+        library_name="torchrl_mouse",
+        model_name=repo_id.rpartition("/")[2],
+        pipeline_tag="reinforcement-learning",
+        tags=["reinforcement-learning", "in-context-learning", "mouse"],
+        eval_results=[
+            EvalResult(
+                task_type="reinforcement-learning",
+                dataset_type=task.lower().replace(" ", "-"),
+                dataset_name=task,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for task, metrics in (results or {}).items()
+            for metric, value in metrics.items()
+        ]
+        or None,
+    )
+    card = ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), repo_id=repo_id, results=results, **content)
+    return str(card)
