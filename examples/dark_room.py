@@ -46,8 +46,8 @@ EXPERT_RETURN = 1.0
 REPEATS = 8  # Each held-out goal is played that often: once leaves a standard error of .05 on the mean of eleven.
 
 # What was tuned. Unscaled rewards leave the action values of far cells too close to tell apart. Returns span episodes
-# (GAMMA_TERMINAL). Turned, mirrored and jittered windows keep the model from remembering the 70 goals, and so from never
-# looking for the others.
+# (GAMMA_TERMINAL). Turned, mirrored and jittered windows keep the model from remembering the 70 goals, and so from
+# never looking for the others.
 WINDOW = 120
 START_SHARE = 0.3
 JITTER_SCALE = 0.3

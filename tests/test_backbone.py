@@ -104,6 +104,18 @@ def test_cached_equals_full(kind, per_step, dtype, atol):
         assert_equal(out, full[:, begin : begin + per_step], atol)
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.05), (torch.float64, 1e-5)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cache_of_another_precision(kind, dtype, atol):
+    backbone = make(kind)
+    tokens = torch.randn(3, 12, 16)
+    full, _ = backbone(tokens)
+    cache = backbone.new_kv_cache(3, dtype=dtype)
+    steps = [backbone(tokens[:, [t]], torch.full((3, 1), t), kv_cache=cache)[0] for t in range(12)]
+    assert cache.key.dtype == dtype
+    assert_equal(torch.cat(steps, 1), full, atol)
+
+
 ROPES = {
     "base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}},
@@ -348,8 +360,14 @@ def test_bad_positions(rope, error, match, kind):
         CausalBackbone(16, kind, num_layers=1, num_heads=2, head_dim=8, rope_parameters=rope)
 
 
+def test_a_shape_without_memory():
+    with torch.device("meta"):
+        backbone = make("llama", **copy.deepcopy(ROPES["llama3"]))
+    assert backbone.model.layers[0].mlp.up_proj.weight.device.type == "meta"
+
+
 def test_positions_per_kind_of_layer():
-    with pytest.raises(ValueError, match="rope_type must be one of .* got None"):
+    with pytest.raises(ValueError, match=r"rope_type must be one of .* got None"):
         CausalBackbone(16, "qwen3", num_layers=1, num_heads=2, rope_parameters={"full_attention": {"factor": 2.0}})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator, set_recurrent_mode
 from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
@@ -16,7 +17,7 @@ from torchrl_mouse.modules import SwiGLUHead
 from torchrl_mouse.modules.actors import gaussian_policy
 from torchrl_mouse.objectives import CombinedLoss
 
-ROWS, EPISODES = 16, 4
+ROWS, EPISODES = 32, 2
 HIDDEN = 32
 
 
@@ -29,13 +30,13 @@ def make_model(env):
     return MouseModel.from_specs(
         env,
         hidden_dim=HIDDEN,
-        embedding_kwargs={"std": 0.5, "continuous_encoder": "linear", "fourier_in_min": 1.0},
+        embedding_kwargs={"std": 0.5, "continuous_encoder": "linear", "fourier_in_min": 1.0, "max_num_time_steps": 21},
         backbone_kwargs={"num_layers": 2, "num_heads": 2},
         gaussian_head_kwargs={"hidden_dim": HIDDEN, "scale": 0.1},
     )
 
 
-# Starts are random: what the next episode is worth is noise to the actions of this one, which must not bootstrap from it.
+# Starts are random, so what the next episode is worth is noise to the actions of this one: no bootstrapping from it.
 ENDS = {"done": schema.PREVIOUS_TRUNCATED, "terminated": schema.PREVIOUS_TRUNCATED}
 
 
@@ -51,17 +52,24 @@ class ActionValue(torch.nn.Module):
 def ppo(model, env):
     actor = gaussian_policy(model.head("gaussian"), env.action_spec_unbatched)
     critic = ValueOperator(SwiGLUHead(HIDDEN, 1, hidden_dim=HIDDEN), in_keys=[schema.HIDDEN])
-    loss = ClipPPOLoss(actor, critic, entropy_coeff=1e-3, normalize_advantage=True)
+    loss = ClipPPOLoss(actor, critic, entropy_coeff=1e-3, critic_coeff=0.01, normalize_advantage=True)
     loss.make_value_estimator(gamma=0.9, lmbda=0.9)
     loss.set_keys(**ENDS)
     return loss
+
+
+class TrunkSACLoss(SACLoss):
+    """The critic alone moves the trunk (Yarats et al. 2021, arXiv:1910.01741): the actor would flatter the values."""
+
+    def actor_loss(self, tensordict):
+        return super().actor_loss(tensordict.detach())
 
 
 def sac(model, env):
     actor = gaussian_policy(model.head("gaussian"), env.action_spec_unbatched)
     value = ValueOperator(ActionValue(), in_keys=[schema.HIDDEN, schema.ACTION])
     options = {"num_qvalue_nets": 2, "alpha_init": 0.01, "fixed_alpha": True}
-    loss = SACLoss(actor, value, action_spec=env.action_spec_unbatched, **options)
+    loss = TrunkSACLoss(actor, value, action_spec=env.action_spec_unbatched, **options)
     loss.make_value_estimator(gamma=0.9)
     loss.set_keys(**ENDS)
     return loss
@@ -78,7 +86,7 @@ def test_gradients_reach_trunk_and_heads(name):
     target = SoftUpdate(part, tau=0.02) if name == "sac" else None  # SAC warns without one
     loss = CombinedLoss(model.trunk, {name: part})
     with torch.no_grad():
-        steps = env.rollout(50, model.actor(env.action_spec_unbatched), break_when_any_done=False)
+        steps = env.rollout(41, model.actor(env.action_spec_unbatched), break_when_any_done=False)
     out = loss(steps)
     total = sum(value for key, value in out.items() if key.startswith("loss"))
     total.backward()
@@ -97,7 +105,7 @@ def test_what_comes_next_is_seen_after_all_that_came_before():
     steps = env.rollout(30, model.actor(env.action_spec_unbatched), break_when_any_done=False)
     seen = {}
 
-    class Spy(SACLoss):
+    class Spy(TrunkSACLoss):
         def forward(self, tensordict):
             seen.update(root=tensordict["hidden"], following=tensordict["next", "hidden"])
             return super().forward(tensordict)
@@ -135,15 +143,20 @@ def test_the_trunk_learns(name):
     model = make_model(env)
     part = LOSSES[name](model, env)
     loss = CombinedLoss(model.trunk, {name: part})
-    target = SoftUpdate(part, tau=0.02) if name == "sac" else None
+    target = SoftUpdate(part, tau=0.05) if name == "sac" else None
     optimizer = torch.optim.AdamW(loss.parameters(), lr=3e-3)
+    task = 21 * EPISODES - 1
+    kept = ROWS * (20 if name == "sac" else 1)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(kept), batch_size=16)
     before = mean_return(model, make_env(1))
     actor = model.actor(env.action_spec_unbatched)
-    task = 21 * EPISODES - 1
-    frames = {"frames_per_batch": ROWS * task, "total_frames": ROWS * task * 40}
+    batches = 40 if name == "sac" else 120
+    frames = {"frames_per_batch": ROWS * task, "total_frames": ROWS * task * batches}
     for batch in Collector(env, actor, postproc=DecisionMask(), **frames):
-        for _ in range(8):
-            losses = loss(batch)
+        batch["next", "reward"] += 1.0  # values near zero are learned sooner
+        buffer.extend(batch)
+        for _ in range(16 if name == "sac" else 8):
+            losses = loss(buffer.sample())
             sum(value for key, value in losses.items() if key.startswith("loss")).backward()
             torch.nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
             optimizer.step()
@@ -152,4 +165,6 @@ def test_the_trunk_learns(name):
                 target.step()
         model.trunk.mark_weight_update()
     after = mean_return(model, make_env(1))
-    assert after > before / 2, (before, after)  # the starts alone cost 8 on average
+    # Standing still costs 26 on average, walking straight to the goal and waiting there 8.
+    assert before < -20
+    assert after > -13, (before, after)

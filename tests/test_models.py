@@ -229,7 +229,7 @@ def test_config_that_cannot_be(options, message):
         ({"vec_dqn_head_kwargs": {"vec_dim": "2"}}, "vec_dqn_head_kwargs: vec_dim must be int, got '2'"),
         (
             {"backbone_kwargs": {"num_layers": "1", "num_heads": 2}},
-            "backbone_kwargs: num_layers must be int.*, got '1'",
+            r"num_layers must be int.*, got '1'",
         ),
         ({"action_head": 3}, "action_head must be str or None, got 3"),
     ],
@@ -375,9 +375,7 @@ def test_missing_file(tmp_path, missing):
 
 
 def test_missing_directory(tmp_path):
-    with pytest.raises(
-        FileNotFoundError, match="must be in a folder or a Hub repository 'owner/name', got '.*nowhere'"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"must be in a folder or a Hub repository .* got '.*nowhere'"):
         MouseModel.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"got no config\.json \(empty\)"):
         MouseModel.from_pretrained(tmp_path)
@@ -388,7 +386,7 @@ def test_pickled_weights_are_not_read(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(
-        FileNotFoundError, match=r"got no model\.safetensors \(config.json, pytorch_model.bin\).*can run code"
+        FileNotFoundError, match=r"got no model\.safetensors \(config\.json, pytorch_model\.bin\).*run code"
     ):
         MouseModel.from_pretrained(tmp_path)
 

@@ -192,6 +192,15 @@ def test_seeds_repeat_tasks_and_starts():
     assert not torch.equal(make().reset()["observation"], make().reset()["observation"])
 
 
+def test_starts_differ_from_random_actions_of_the_same_seed():
+    env = PointRobotEnv([[0.0, 1.0]] * 500)
+    env.set_seed(0)
+    torch.manual_seed(0)
+    frame = env.rand_action(env.reset())
+    both = torch.stack([frame["observation"].flatten(), frame["action"].flatten()])
+    assert both.corrcoef()[0, 1].abs() < 0.15
+
+
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("batch_size", [None, 3, (), (2, 2)])
 def test_specs(sparse, batch_size):
@@ -221,8 +230,9 @@ def test_masked_rows_do_not_move():
     frame = env.reset(frame.set("_reset", torch.tensor([[True], [False]])))
     close(frame["observation"][:, 1], [0.0, 0.1])
     close(frame["sparse_reward"], [0.0, 0.9])
-    for ends in ([False, False], [False, True], [True, True]):  # the held step did not count
+    for step, ends in enumerate(([False, False], [False, True], [True, True]), 1):  # the held step did not count
         frame = env.step(frame.set("action", up))["next"].exclude("reward")
+        close(frame["observation"][:, 1], [0.1 * step, 0.1 * step + 0.1])
         assert frame["truncated"].squeeze(-1).tolist() == ends
 
 

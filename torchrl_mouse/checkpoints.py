@@ -74,8 +74,8 @@ def read_checkpoint(directory: str | Path) -> tuple[Any, dict[str, torch.Tensor]
         if not (directory / name).is_file():
             found = ", ".join(sorted(file.name for file in directory.iterdir())) if directory.is_dir() else "no folder"
             raise FileNotFoundError(
-                f"MouseModel: {directory} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got no {name} ({found or 'empty'}). "
-                "Weights are read from safetensors alone: pickled ones can run code."
+                f"MouseModel: {directory} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got no {name} "
+                f"({found or 'empty'}). Weights are read from safetensors alone: pickled ones can run code."
             )
     file = directory / CONFIG_FILE
     if (size := file.stat().st_size) > MAX_CONFIG_BYTES:

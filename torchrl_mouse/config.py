@@ -42,9 +42,9 @@ class MouseConfig:
         window: steps that a context holds while acting, and the length of window to train on.
         embedding_kwargs: options of :class:`~torchrl_mouse.modules.StepEmbedder`; ``max_num_actions`` (for the gaussian
             head ``max_num_action_continuous``) also sizes the heads.
-        backbone_kwargs: options of :class:`~torchrl_mouse.modules.CausalBackbone`; ``None``, or an empty dictionary as in
-            MOUSE's files, reads out each step by itself. A missing ``kind`` is filled in: ``"qwen3"`` where there is a
-            ``head_dim``, else ``"llama"``.
+        backbone_kwargs: options of :class:`~torchrl_mouse.modules.CausalBackbone`; ``None``, or an empty dictionary as
+            in MOUSE's files, reads out each step by itself. A missing ``kind`` is filled in: ``"qwen3"`` where there is
+            a ``head_dim``, else ``"llama"``.
         vec_dqn_head_kwargs: options of the vector Q-value head. This and the following heads are absent when ``None``,
             or with ``num_layers`` 0 as in MOUSE's files.
         dqn_head_kwargs: options of the Q-value head.

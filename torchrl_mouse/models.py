@@ -16,7 +16,6 @@ from torchrl_mouse.config import HEADS, MouseConfig
 from torchrl_mouse.modules.actors import make_actor
 from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder
-from torchrl_mouse.modules.heads import SwiGLUHead
 from torchrl_mouse.modules.pretrained import backbone_kwargs_from_pretrained, load_pretrained_layers
 from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
 from torchrl_mouse.modules.trunk import Trunk
@@ -91,7 +90,7 @@ class MouseModel(TensorDictModuleBase):
         trunk_kwargs: Mapping[str, Any] | None = None,
         **config: Any,
     ) -> MouseModel:
-        """Builds a model with the sizes of an environment; see :func:`~torchrl_mouse.modules.embedding_kwargs_from_specs`.
+        """Builds a model with the sizes that :func:`~torchrl_mouse.modules.embedding_kwargs_from_specs` reads.
 
         Args:
             env: the environment.
@@ -120,8 +119,12 @@ class MouseModel(TensorDictModuleBase):
         """Writes ``hidden`` and every head's output; ``[*, T]`` in recurrent, ``[*]`` in sequential mode."""
         self.trunk(tensordict)
         for name in self.config.heads:
-            self.head(name)(tensordict)
+            tensordict.set(name, self._network(name)(tensordict.get(schema.HIDDEN)))
         return tensordict
+
+    def _network(self, head: str) -> torch.nn.Module:
+        module = getattr(self, f"{head}_head")
+        return getattr(module, "online", module)
 
     def head(self, name: str) -> TensorDictModule:
         """Returns a head (its online network) as a module that reads ``hidden`` and writes the head's name.
@@ -132,8 +135,7 @@ class MouseModel(TensorDictModuleBase):
         if name not in self.config.heads:
             present = ", ".join(self.config.heads) or "none"
             raise KeyError(f"MouseModel: head must be one of the model's ({present}), got {name!r}.")
-        head = getattr(self, f"{name}_head")
-        return TensorDictModule(getattr(head, "online", head), in_keys=[schema.HIDDEN], out_keys=[name])
+        return TensorDictModule(self._network(name), in_keys=[schema.HIDDEN], out_keys=[name])
 
     def set_target(self, name: str, parameters: TensorDictParams) -> None:
         """Copies a loss's target of a head into the model, so that it is in the file, where MOUSE has it.
@@ -391,8 +393,8 @@ def init_from_pretrained_backbone(
         repo_id_or_path, revision=revision, token=token, **(backbone_kwargs_overrides or {})
     )
     model = MouseModel(MouseConfig(hidden_dim=hidden_dim, backbone_kwargs=kwargs, **config))
-    if load_weights:
-        load_pretrained_layers(model.trunk.backbone, repo_id_or_path, revision=revision, token=token)
+    if load_weights and (backbone := model.trunk.backbone) is not None:
+        load_pretrained_layers(backbone, repo_id_or_path, revision=revision, token=token)
     return model
 
 

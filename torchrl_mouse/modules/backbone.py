@@ -111,8 +111,8 @@ class CausalBackbone(nn.Module):
 
     Raises:
         TypeError: an option that is missing, does not exist or has the wrong type.
-        ValueError: an unknown kind, a size out of range, heads that do not divide the width, positions that do not
-            make one decoder of windows and steps, or more than 1e11 parameters; all before memory is taken.
+        ValueError: an unknown kind, a size out of range, heads that do not divide the width, rotary positions of
+            another type, or more than 1e11 parameters; all before memory is taken.
 
     Examples:
         >>> backbone = CausalBackbone(16, num_layers=1, num_heads=2)

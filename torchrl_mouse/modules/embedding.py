@@ -106,7 +106,10 @@ class _RandomFourierFeatures(nn.Module):
         self.register_buffer("phases", torch.empty(sets, width).uniform_(0, 2 * math.pi))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (*, sets) -> (*, width)
-        return (self.weight * (self.freqs * x.unsqueeze(-1) + self.phases).cos()).sum(-2)
+        # A phase of hundreds of radians has no precision left in bfloat16.
+        exact = torch.promote_types(self.weight.dtype, torch.float32)
+        phases = self.freqs.to(exact) * x.to(exact).unsqueeze(-1) + self.phases.to(exact)
+        return (self.weight * phases.cos().to(self.weight.dtype)).sum(-2)
 
 
 class FourierEmbedder(nn.Module):
@@ -133,7 +136,7 @@ class FourierEmbedder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the features ``[*, width]`` of numbers ``[*, sets]``."""
-        features: torch.Tensor = self.rff(x.to(self.rff.weight.dtype))
+        features: torch.Tensor = self.rff(x)
         return features
 
 

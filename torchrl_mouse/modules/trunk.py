@@ -233,11 +233,11 @@ class Trunk(TensorDictModuleBase):
     def read(self, steps: TensorDictBase) -> dict[str, torch.Tensor]:
         """Reads the modalities of steps ``[*]``: ids and codes int64 ``[*]``, ``reward`` ``[*]``, others ``[*, C]``.
 
-        The previous action is an id, or numbers ``[*, C]``, as the embedder has it. Numbers get the weights' type;
-        images keep theirs, since a context keeps its steps.
+        The previous action is an id, or numbers ``[*, C]``, as the embedder has it. Numbers get the weights' type, at
+        least float32; images keep theirs, since a context keeps its steps.
         """
         values = {}
-        dtype = next(self.embedder.parameters()).dtype
+        dtype = torch.promote_types(next(self.embedder.parameters()).dtype, torch.float32)
         for name, embedder in self.embedder.modalities.items():
             key = self.keys[name]
             if name == "done":

@@ -222,7 +222,8 @@ class CombinedLoss(LossModule):
         if steps.ndim == 0:
             raise ValueError("CombinedLoss: steps must be [*, T], got no time dimension.")
         read = [key for key in self.trunk.in_keys if key not in (schema.STREAM, schema.IS_INIT)]
-        frames = steps.select(*read)
-        frames = torch.cat([frames, steps.get("next").select(*read)[..., -1:]], -1)
+        last = steps.get("next").select(*read)[..., -1:]
+        frames: TensorDictBase = torch.cat([steps.select(*read), last], -1)
         is_init = schema.require(steps, schema.IS_INIT, "bool")
-        return frames.set(schema.IS_INIT, torch.cat([is_init, torch.zeros_like(is_init[..., -1:, :])], -2))
+        frames[schema.IS_INIT] = torch.cat([is_init, torch.zeros_like(is_init[..., -1:, :])], -2)
+        return frames
