@@ -124,7 +124,8 @@ class MouseModel(TensorDictModuleBase):
 
     def _network(self, head: str) -> torch.nn.Module:
         module = getattr(self, f"{head}_head")
-        return getattr(module, "online", module)
+        network: torch.nn.Module = getattr(module, "online", module)
+        return network
 
     def head(self, name: str) -> TensorDictModule:
         """Returns a head (its online network) as a module that reads ``hidden`` and writes the head's name.
