@@ -65,12 +65,17 @@ def test_hidden_and_heads(case, mode):
         assert_equal(target(out[schema.HIDDEN]), case.outputs[f"{name}_target"])
 
 
+@pytest.mark.parametrize("mode", ["full", "cached"])
 @pytest.mark.parametrize(("num_actions", "expected"), [(None, "greedy_action"), (3, "greedy_action_first3")])
-def test_greedy_actions(case, num_actions, expected):
-    case.model.trunk.reset_cache()
+def test_greedy_actions(case, num_actions, expected, mode):
     actor = case.model.actor(Categorical(num_actions or 5), num_actions=num_actions)
-    actions = [actor(case.steps[:, t].clone())[schema.ACTION] for t in range(STEPS)]
-    assert actions[-1].tolist() == case.outputs[expected].tolist()
+    if mode == "full":
+        with set_recurrent_mode(True):
+            action = actor(case.steps.clone())[schema.ACTION][:, -1]
+    else:
+        case.model.trunk.reset_cache()
+        action = [actor(case.steps[:, t].clone())[schema.ACTION] for t in range(STEPS)][-1]
+    assert action.tolist() == case.outputs[expected].tolist()
 
 
 def test_saved_again_it_is_the_same(case, tmp_path):
