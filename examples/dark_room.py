@@ -77,10 +77,18 @@ def positive(text: str) -> int:
     return value
 
 
+def seed_number(text: str) -> int:
+    """Reads a seed, a number of at least 0."""
+    value = int(text)
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"must lie in [0, 2**32), got {value}")
+    return value
+
+
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run each: goals, data and training")
+    parser.add_argument("--seeds", type=seed_number, nargs="+", default=[0], help="one run each: goals, data, training")
     parser.add_argument("--heads", nargs="+", choices=["dqn", "sp"], default=["dqn", "sp"], help="heads on the trunk")
     parser.add_argument(
         "--observation",
@@ -93,13 +101,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--history-episodes", type=positive, default=200, help="episodes of each learning history")
     parser.add_argument("--episodes", type=positive, default=100, help="episodes per task in the evaluation")
     parser.add_argument("--output", type=Path, default=Path("runs/dark_room"), help="folder for everything written")
-    parser.add_argument("--restart", action="store_true", help="do not resume from checkpoints")
+    parser.add_argument("--restart", action="store_true", help="delete what earlier runs of these seeds have left")
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes: shows that it runs")
     if parser.parse_args().smoke:
         parser.set_defaults(updates=20, batch_size=8, history_episodes=20, episodes=10)
         parser.set_defaults(output=Path("runs/dark_room_smoke"))
     arguments = parser.parse_args()
     arguments.heads = sorted(set(arguments.heads))
+    arguments.seeds = list(dict.fromkeys(arguments.seeds))
     return arguments
 
 
@@ -223,12 +232,18 @@ def claim(directory: Path, arguments: argparse.Namespace) -> None:
     # The recipe is an option, too; how to act on what was learned is not.
     options |= {name: value for name, value in globals().items() if name.isupper() and name not in ACTING}
     file = directory / "options.json"
-    if file.exists() and (before := json.loads(file.read_text(encoding="utf-8"))) != options:
-        raise SystemExit(
-            f"{directory} holds a run with other options: {before} instead of {options}. "
-            "Give --restart to replace it, or another --output."
-        )
-    file.write_text(json.dumps(options), encoding="utf-8")
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        names = [name for name in before | options if before.get(name) != options.get(name)]
+        if names:
+            others = ", ".join(f"{name} {before.get(name)} instead of {options.get(name)}" for name in names)
+            raise SystemExit(
+                f"{directory} holds a run with other options: {others}. "
+                "Give --restart to replace it, or another --output."
+            )
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(json.dumps(options), encoding="utf-8")
+    unfinished.replace(file)
 
 
 def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -109,7 +109,7 @@ def test_a_turned_window_is_what_the_turned_task_gives(index):
 
     actions = torch.randint(5, (81, 30), generator=torch.Generator().manual_seed(index))
     expected = play(turned_goals, action_maps[index][actions])
-    turned = symmetry(play(goals, actions))
+    turned = symmetry(play(goals, actions).exclude("observation_discrete", ("next", "observation_discrete")))
     assert expected[schema.PREVIOUS_REWARD].sum() > 10
     keys = [schema.OBSERVATION, schema.ACTION, schema.PREVIOUS_ACTION, schema.PREVIOUS_REWARD, schema.Q_STAR]
     for key in [*keys, *(("next", *(key if isinstance(key, tuple) else (key,))) for key in keys if key != "action")]:
@@ -127,14 +127,52 @@ def test_the_eight_symmetries_are_distinct_and_each_is_drawn():
 @pytest.mark.parametrize(
     ("observation_maps", "action_maps", "match"),
     [
-        (torch.ones(1, 2, 3), torch.arange(3)[None], r"observation_maps must be \[K, C, C\], got \(1, 2, 3\)"),
+        (torch.ones(1, 2, 3), torch.arange(3)[None], r"observation_maps must be \[K, C, C\], K >= 1, got"),
         (torch.ones(2, 2, 2), torch.arange(3)[None], r"action_maps must be \[K, A\] with K=2, got \(1, 3\)"),
+        (torch.ones(0, 2, 2), torch.zeros(0, 3, dtype=torch.int64), r"observation_maps must be \[K, C, C\], K >= 1"),
+        (torch.ones(1, 2, 2), torch.tensor([[0.0, 1.0, 2.0]]), "permutation of 0 to 2"),
         (torch.ones(1, 2, 2), torch.tensor([[0, 0, 2]]), r"permutation of 0 to 2, got \[\[0, 0, 2\]\]"),
     ],
 )
 def test_symmetries_that_cannot_be(observation_maps, action_maps, match):
     with pytest.raises(ValueError, match=match):
         RandomSymmetry(observation_maps, action_maps)
+
+
+def mirror():
+    return RandomSymmetry(-torch.eye(2).unsqueeze(0), torch.tensor([[1, 0, 2]]))
+
+
+def test_what_stands_in_for_the_first_frames_action_stays():
+    steps = {"previous": {"action": torch.tensor([[0, 1, 0, 2]])}, "episode_step": torch.tensor([[[0], [1], [2], [0]]])}
+    steps["action"] = torch.tensor([[1, 0, 2, 7]])  # 7: at a terminal frame anything may stand
+    out = mirror()(TensorDict(steps, [1, 4]))
+    assert out["previous", "action"].tolist() == [[0, 0, 1, 2]]
+    assert out["action"].tolist() == [[0, 1, 2, 7]]
+
+
+def test_the_action_mask_is_turned_with_the_actions():
+    steps = {
+        "action": torch.tensor([[0, 2]]),
+        "action_mask": torch.tensor([[[True, False, False], [False, False, True]]]),
+    }
+    out = mirror()(TensorDict(steps, [1, 2]))
+    assert out["action_mask"].tolist() == [[[False, True, False], [False, False, True]]]
+    assert out["action_mask"].gather(-1, out["action"].unsqueeze(-1)).all()
+
+
+@pytest.mark.parametrize(
+    ("entries", "match"),
+    [
+        ({"action": torch.zeros(1, 2, 3, dtype=torch.int64)}, r"entry \('action',\)|'action' must hold ids \[B, T\]"),
+        ({"observation": torch.zeros(1, 2, 4)}, r"must be \[B, T, 2\], got \(1, 2, 4\)"),
+        ({"q_star": torch.zeros(1, 2, 7)}, r"must be \[B, T, 3\], got \(1, 2, 7\)"),
+        ({"observation_discrete": torch.zeros(1, 2, dtype=torch.int64)}, "ids cannot be turned"),
+    ],
+)
+def test_windows_that_cannot_be_turned(entries, match):
+    with pytest.raises(ValueError, match=match):
+        mirror()(TensorDict(entries, [1, 2]))
 
 
 def test_symmetries_of_other_shapes_and_places():

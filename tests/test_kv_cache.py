@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from torchrl.modules import set_recurrent_mode
 
 from torchrl_mouse import schema
 from torchrl_mouse.modules import KeyValues, KVCache
@@ -336,6 +337,53 @@ def test_appending_takes_as_few_passes_as_it_can(make_trunk, random_steps, monke
     assert len(calls) == 1
     trunk.append(random_steps(3, 20, [[4], [9], [9]]))
     assert len(calls) == 4
+
+
+def test_refused_steps_leave_no_half_context(make_trunk, random_steps):
+    steps = random_steps(2, 12)
+    trunk = make_trunk(window=8)
+    trunk.append(steps[:, :5].clone())
+    bad = steps[:, 5:].clone()
+    bad[schema.PREVIOUS_ACTION][1, 6] = 9
+    with pytest.raises(ValueError, match=r"\[0, 5\), got 9"):
+        trunk.append(bad)
+    assert trunk._cache.length[:2].tolist() == [5, 5]  # nothing was begun
+    trunk = make_trunk(window=8, overflow="error")
+    trunk.append(steps[:, :5].clone())
+    with pytest.raises(RuntimeError, match="must hold at most window=8 steps"):
+        trunk.append(steps[:, 5:].clone())
+    with pytest.raises(RuntimeError, match="none for row 0"):
+        trunk(steps[:, 8].clone())
+
+
+def test_a_refused_step_of_a_new_stream_takes_nobodys_place(make_trunk, random_steps):
+    trunk = make_trunk(max_streams=2)
+    steps = random_steps(3, 2)
+    trunk(steps[:2, 0].clone())
+    bad = steps[2:, 0].clone().set(schema.PREVIOUS_ACTION, torch.tensor([9]))
+    with pytest.raises(ValueError, match=r"\[0, 5\), got 9"):
+        trunk(bad)
+    trunk(steps[:2, 1].clone())
+
+
+def test_no_steps_at_all(make_trunk, random_steps):
+    steps = random_steps(2, 3)
+    with pytest.raises(ValueError, match=r"at least one step, got a batch of shape \(0,\)"):
+        make_trunk()(steps[:0, 0])
+    with pytest.raises(ValueError, match=r"at least one step, got a batch of shape \(2, 0\)"):
+        make_trunk().append(steps[:, :0])
+    with set_recurrent_mode(True), pytest.raises(ValueError, match=r"at least one step, got a batch of shape \(0, 3\)"):
+        make_trunk()(steps[:0])
+
+
+def test_copies_are_all_made_or_none(make_trunk, random_steps, full_pass):
+    trunk = make_trunk()
+    steps = random_steps(2, 3)
+    expected = full_pass(trunk, steps)
+    trunk.append(steps[:, :2].clone())
+    with pytest.raises(KeyError, match="none for stream 99"):
+        trunk.copy_context(torch.tensor([1000, 99]), torch.tensor([1001, 3]))
+    assert_equal(trunk(steps[:, 2].clone())[schema.HIDDEN], expected[:, 2])
 
 
 def test_appended_steps_are_of_one_stream_a_row(make_trunk, random_steps):

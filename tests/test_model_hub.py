@@ -156,7 +156,8 @@ def test_the_cards_snippet_runs(hub, push, options, revision):
 
 
 def test_the_card_says_what_the_model_is(hub, push):
-    push(make_model(), results={"held-out goals": {"nauc": 0.91, "last ten": 1.0}, "training goals": {"nauc": 0.93}})
+    held_out = {"nauc": torch.tensor(0.91, dtype=torch.float64), "last ten": 1.0}
+    push(make_model(), results={"held-out goals": held_out, "training goals": {"nauc": 0.93}})
     card = ModelCard(hub.files(REPO)["README.md"].decode())
     assert card.data.library_name == "torchrl_mouse"
     assert {"reinforcement-learning", "in-context-learning"} <= set(card.data.tags)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import resource
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_config_defaults_do_not_share_state():
         ({"embedding_kwargs": {"max_num_actions": 0}}, "must hold max_num_actions >= 1 for the dqn head, got 0"),
         ({"gaussian_head_kwargs": {}}, "must hold max_num_action_continuous >= 1 for the gaussian head, got 0"),
         ({"window": 0}, "window must be at least 1, got 0"),
-        ({"window": 2**30}, "window must be at most 16777216, got 1073741824"),
+        ({"window": 2**30}, "window must be at most 1048576, got 1073741824"),
         ({"hidden_dim": -16}, "hidden_dim must be at least 1, got -16"),
         ({"action_head": "vec_dqn"}, r"one of the model's heads \(dqn, sp\), got 'vec_dqn'"),
         ({"action_head": "sp", "sp_head_kwargs": None}, r"one of the model's heads \(dqn\), got 'sp'"),
@@ -506,13 +507,21 @@ def test_weights_of_another_configuration(tmp_path):
 
 
 def test_a_save_that_was_killed_between_its_two_files_is_refused(tmp_path):
-    for name, options in (("old", {}), ("new", {"window": 64})):  # the shapes are the same
+    shapes_alike = {**TINY["backbone_kwargs"], "rms_norm_eps": 1e-3}
+    for name, options in (("old", {}), ("new", {"backbone_kwargs": shapes_alike})):
         make_model(seed=0, **options).save_pretrained(tmp_path / name)
     os.replace(tmp_path / "new" / "config.json", tmp_path / "old" / "config.json")
     with pytest.raises(ValueError, match=r"config\.json in .* must be the one that model\.safetensors was saved with"):
         MouseModel.from_pretrained(tmp_path / "old")
     rewrite(tmp_path / "old", lambda weights: None)  # without that knowledge it loads
-    assert MouseModel.from_pretrained(tmp_path / "old").config.window == 64
+    assert MouseModel.from_pretrained(tmp_path / "old").config.backbone_kwargs == shapes_alike
+
+
+def test_how_to_act_can_be_changed_in_the_file(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "window": 4, "action_head": "sp"}))
+    assert MouseModel.from_pretrained(tmp_path).config == make_model(window=4, action_head="sp").config
 
 
 def test_a_configuration_in_another_layout_is_the_same(tmp_path):
@@ -563,6 +572,69 @@ def test_set_target_refuses_a_loss_without_its_own():
     loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk, delay_value=False)
     with pytest.raises(ValueError, match=r"must be a loss's own target.*Build the loss with delay_value=True"):
         model.set_target("dqn", loss.target_head_params)
+
+
+def test_set_target_refuses_a_loss_on_another_head():
+    model = make_model(dqn_head_kwargs={"hidden_dim": 8, "num_layers": 3})
+    before = {name: weight.clone() for name, weight in model.dqn_head.target.state_dict().items()}
+    for layers in (2, 4):
+        other = make_model(dqn_head_kwargs={"hidden_dim": 8, "num_layers": layers})
+        loss = MouseDQNLoss(other.head("dqn"), trunk=other.trunk)
+        SoftUpdate(loss, tau=0.5)
+        with pytest.raises(ValueError, match="target of a loss on this model's 'dqn' head, got weights of other names"):
+            model.set_target("dqn", loss.target_head_params)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.dqn_head.target.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float64])
+def test_weights_of_another_type(tmp_path, dtype):
+    make_model().save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: weights.update({"sp_head.layers.0.bias": torch.zeros(3, dtype=dtype)}))
+    with pytest.raises(ValueError, match=r"got numbers of type .*torch.float32.* instead of one floating type"):
+        MouseModel.from_pretrained(tmp_path)
+
+
+def test_a_file_without_a_window_gets_one_that_fits(tmp_path):
+    backbone = {**TINY["backbone_kwargs"], "max_position_embeddings": 50}
+    embedding = {**EMBEDDING, "concat_modalities": True}  # four tokens a step
+    model = make_model(embedding_kwargs=embedding, backbone_kwargs=backbone)
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda weights: None)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["window"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert MouseModel.from_pretrained(tmp_path).config.window == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"backbone_kwargs": {"kind": ["llama"], "num_layers": 1, "num_heads": 2}}, ValueError, "kind must be one of"),
+        ({"vec_dqn_head_kwargs": {}}, TypeError, "vec_dqn_head_kwargs: option 'vec_dim' must be given, got only none"),
+        ({"trunk_kwargs": {"window": 3}}, TypeError, "option 'window' must be given beside trunk_kwargs"),
+        (
+            {"backbone_kwargs": {"hidden_dim": 16}},
+            TypeError,
+            "option 'hidden_dim' must be given beside backbone_kwargs",
+        ),
+        ({"embedding_kwargs": {**EMBEDDING, "std": math.nan}}, ValueError, r"std must lie within \+-1e\+30, got nan"),
+        ({"sp_head_kwargs": {"scale": math.inf}}, ValueError, r"scale must lie within \+-1e\+30, got inf"),
+        ({"sp_head_kwargs": {"num_layers": False}}, TypeError, "num_layers must be int, got False"),
+        ({"sp_head_kwargs": {"num_layers": 0, "junk": 1}}, TypeError, "unknown option 'junk'"),
+        ({"trunk_kwargs": {"keys": {"reward": []}}}, ValueError, r"a tuple of names, for 'reward', got \(\)"),
+        ({"trunk_kwargs": {"keys": {"reward": ["a", 1]}}}, ValueError, "a tuple of names, for 'reward', got"),
+        (
+            {"backbone_kwargs": {**TINY["backbone_kwargs"], "rms_norm_eps": -1.0}},
+            ValueError,
+            "rms_norm_eps must be pos",
+        ),
+        ({"backbone_kwargs": {**TINY["backbone_kwargs"], "attention_dropout": 2.0}}, ValueError, r"lie in \[0, 1\)"),
+    ],
+    ids=str,
+)
+def test_rubbish_is_refused_by_name(options, error, match):
+    with pytest.raises(error, match=match):
+        make_model(**options)
 
 
 @pytest.mark.parametrize("sequence", [list, tuple])

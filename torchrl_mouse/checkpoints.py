@@ -25,6 +25,9 @@ CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
 
 MAX_CONFIG_BYTES = 2**20
 
+ACTING = ("window", "action_head", "trunk_kwargs")
+"""Options that may be changed in a file: they do not touch what the weights mean."""
+
 
 def write_checkpoint(directory: str | Path, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
     """Writes ``config.json`` and ``model.safetensors``; when that fails, the old files stay.
@@ -85,14 +88,19 @@ def read_checkpoint(directory: str | Path) -> tuple[Any, dict[str, torch.Tensor]
         weights = load_file(directory / WEIGHTS_FILE)
         with safe_open(directory / WEIGHTS_FILE, "pt") as opened:
             own = json.loads((opened.metadata() or {}).get("config", "null"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:  # ValueError: also what JSON cannot decode
         raise ValueError(f"MouseModel: the files in {directory} must be readable, got: {error}") from error
-    if own not in (None, values):
+    if own is not None and _shaping(own) != _shaping(values):
         raise ValueError(
             f"MouseModel: {CONFIG_FILE} in {directory} must be the one that {WEIGHTS_FILE} was saved with, got "
             "another. A save was interrupted, or the file was changed: save the model again."
         )
     return values, weights
+
+
+def _shaping(config: Any) -> Any:
+    """Returns what makes the weights' meaning; how to act with them may be changed by hand."""
+    return {k: v for k, v in config.items() if k not in ACTING} if isinstance(config, dict) else config
 
 
 def fetch_checkpoint(
@@ -191,6 +199,9 @@ def render_card(
         >>> render_card("me/agent", **content).splitlines()[1:3]
         ['library_name: torchrl_mouse', 'model_name: agent']
     """
+    measured = {
+        task: {metric: float(value) for metric, value in metrics.items()} for task, metrics in (results or {}).items()
+    }
     data = ModelCardData(
         library_name="torchrl_mouse",
         model_name=repo_id.rpartition("/")[2],
@@ -204,10 +215,10 @@ def render_card(
                 metric_type=metric,
                 metric_value=value,
             )
-            for task, metrics in (results or {}).items()
+            for task, metrics in measured.items()
             for metric, value in metrics.items()
         ]
         or None,
     )
-    card = ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), repo_id=repo_id, results=results, **content)
+    card = ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), repo_id=repo_id, results=measured, **content)
     return str(card)

@@ -30,7 +30,10 @@ REQUIRED = ("hidden_dim", "embedding_kwargs", "backbone_kwargs")
 IGNORED = ("obs_continuous_encoder",)
 """Options of the embedder in published configurations that MOUSE itself drops."""
 
-MAX_SIZE = 2**24
+MAX_HIDDEN_DIM = 2**24
+MAX_WINDOW = 2**20
+
+_OF_HEADS = ("in_dim", "out_dim", "num_actions", "action_dim")  # these come from the other options
 
 
 @dataclass(frozen=True)
@@ -80,19 +83,24 @@ class MouseConfig:
 
     def __post_init__(self) -> None:
         check_options("MouseConfig", vars(self), MouseConfig)
-        for name in ("hidden_dim", "window"):
-            check_size("MouseConfig", name, getattr(self, name), most=MAX_SIZE)
+        for name, most in (("hidden_dim", MAX_HIDDEN_DIM), ("window", MAX_WINDOW)):
+            check_size("MouseConfig", name, getattr(self, name), most=most)
+        for name in HEADS:
+            if (kwargs := getattr(self, f"{name}_head_kwargs")) is not None:
+                absent = kwargs.get("num_layers") == 0
+                check_options(
+                    f"{name}_head_kwargs", kwargs, HEADS[name], SwiGLUHead, given=_OF_HEADS, complete=not absent
+                )
         self._normalize()
         check_options("embedding_kwargs", self.embedding_kwargs, StepEmbedder)
-        check_options("backbone_kwargs", self.backbone_kwargs or {}, CausalBackbone)
-        check_options("trunk_kwargs", self.trunk_kwargs, Trunk)
-        for name, kwargs in self.heads.items():
-            check_options(f"{name}_head_kwargs", kwargs, HEADS[name], SwiGLUHead)
+        check_options("backbone_kwargs", self.backbone_kwargs or {}, CausalBackbone, given=("hidden_dim",))
+        check_options("trunk_kwargs", self.trunk_kwargs, Trunk, given=("window", "embedder", "backbone"))
+        for name in self.heads:
             self.action_dim(name)
         if self.action_head is not None and self.action_head not in self.heads:
             raise ValueError(
                 f"MouseConfig: action_head must be one of the model's heads ({', '.join(self.heads) or 'none'}), got "
-                f"{self.action_head!r}. Give {self.action_head}_head_kwargs."
+                f"{self.action_head!r}. Give the head's options, such as dqn_head_kwargs."
             )
 
     def _normalize(self) -> None:

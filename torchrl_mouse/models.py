@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,14 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequ
 from torchrl_mouse import checkpoints, schema
 from torchrl_mouse.config import HEADS, MouseConfig
 from torchrl_mouse.modules.actors import make_actor
-from torchrl_mouse.modules.backbone import CausalBackbone
+from torchrl_mouse.modules.backbone import FAMILIES, CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder
 from torchrl_mouse.modules.pretrained import backbone_kwargs_from_pretrained, load_pretrained_layers
 from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
 from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from huggingface_hub import CommitInfo
     from tensordict import TensorDictBase, TensorDictParams
@@ -41,6 +42,8 @@ __all__ = [
 
 # Where a weight is in a file (MOUSE's names), and where it is in the model.
 _FILE_PREFIXES = {"embedder.": "trunk.embedder.", "backbone.": "trunk.backbone.model."}
+
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 # MOUSE writes this table also where types are not embedded.
 _UNUSED_WEIGHT = "embedder.type_embedder.embed.weight"
@@ -110,8 +113,11 @@ class MouseModel(TensorDictModuleBase):
             >>> env.rollout(3, model.actor(env.action_spec_unbatched))["dqn"].shape
             torch.Size([1, 3, 5])
         """
+        if "keys" in (trunk_kwargs or {}):
+            raise TypeError("MouseModel: keys must be given as keys=, got them in trunk_kwargs. Move them.")
+        keys = {name: tuple(key) if isinstance(key, list) else key for name, key in (keys or {}).items()}
         sizes = embedding_kwargs_from_specs(env, keys=keys)
-        trunk = {**(trunk_kwargs or {}), **({"keys": dict(keys)} if keys else {})}
+        trunk = {**(trunk_kwargs or {}), **({"keys": keys} if keys else {})}
         return cls(MouseConfig(embedding_kwargs={**sizes, **(embedding_kwargs or {})}, trunk_kwargs=trunk, **config))
 
     @dispatch
@@ -149,7 +155,7 @@ class MouseModel(TensorDictModuleBase):
 
         Raises:
             KeyError: the model has no such head, or the head has no target.
-            ValueError: the loss has no target of its own.
+            ValueError: the loss has no target of its own, or is on another head.
 
         Examples:
             >>> from torchrl.objectives import SoftUpdate
@@ -170,7 +176,14 @@ class MouseModel(TensorDictModuleBase):
                 "MouseModel: parameters must be a loss's own target, got those of the online head. "
                 "Build the loss with delay_value=True."
             )
-        TensorDict.from_module(head.target).data.update_(parameters.data["module"])
+        target, given = TensorDict.from_module(head.target).data, parameters.data["module"]
+        shapes, theirs = ({key: value.shape for key, value in of.items(True, True)} for of in (target, given))
+        if shapes != theirs:
+            raise ValueError(
+                f"MouseModel: parameters must be the target of a loss on this model's {name!r} head, got weights of "
+                "other names or shapes."
+            )
+        target.update_(given)
 
     def actor(
         self,
@@ -244,11 +257,13 @@ class MouseModel(TensorDictModuleBase):
         )
         values, weights = checkpoints.read_checkpoint(directory)
         config = MouseConfig.from_dict(values)
+        if "window" not in values:
+            config = _with_window_that_fits(config)
         if not config.embedding_kwargs.get("include_type_token", True):
             weights.pop(_UNUSED_WEIGHT, None)
         _check_weights(config, weights)
         model = cls(config)
-        model.to(next(weight.dtype for weight in weights.values() if weight.is_floating_point()))
+        model.to(next(iter(weights.values())).dtype)
         for name, weight in model._weights().items():
             weight.copy_(weights[_file_name(name)])  # `state_dict` shares its tensors with the model.
         model.trunk.mark_weight_update()
@@ -321,6 +336,25 @@ class MouseModel(TensorDictModuleBase):
         return {name: weight for name, weight in self.state_dict().items() if name != "trunk.weight_version"}
 
 
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # Sizes whose product overflows.
+        raise ValueError(f"MouseModel: the configuration must describe a model that can exist, got {error}") from error
+
+
+def _with_window_that_fits(config: MouseConfig) -> MouseConfig:
+    """Returns the configuration of a file that does not say a window, as MOUSE's do not, with one that fits."""
+    kwargs = config.backbone_kwargs
+    if kwargs is None:
+        return config
+    positions = kwargs.get("max_position_embeddings") or FAMILIES[kwargs["kind"]].max_position_embeddings
+    with _clear_errors(), torch.device("meta"):
+        tokens = StepEmbedder(config.hidden_dim, **config.embedding_kwargs).tokens_per_step
+    return dataclasses.replace(config, window=max(1, min(config.window, positions // tokens)))
+
+
 def _check_weights(config: MouseConfig, weights: Mapping[str, torch.Tensor]) -> None:
     """Compares weights with what a configuration says, before a model of it takes memory."""
     layers = [config.backbone_kwargs or {}, *config.heads.values()]
@@ -330,11 +364,8 @@ def _check_weights(config: MouseConfig, weights: Mapping[str, torch.Tensor]) -> 
         raise ValueError(
             f"MouseModel: weights must fit the configuration, got {len(weights)} weights for {deepest} layers."
         )
-    try:
-        with torch.device("meta"):
-            expected = {_file_name(name): weight.shape for name, weight in MouseModel(config)._weights().items()}
-    except RuntimeError as error:
-        raise ValueError(f"MouseModel: the configuration must describe a model that can exist, got {error}") from error
+    with _clear_errors(), torch.device("meta"):
+        expected = {_file_name(name): weight.shape for name, weight in MouseModel(config)._weights().items()}
     problems = [f"missing {name}" for name in expected if name not in weights]
     problems += [f"unexpected {name}" for name in weights if name not in expected]
     problems += [
@@ -342,9 +373,9 @@ def _check_weights(config: MouseConfig, weights: Mapping[str, torch.Tensor]) -> 
         for name, weight in weights.items()
         if name in expected and weight.shape != expected[name]
     ]
-    kinds = {weight.dtype for weight in weights.values() if weight.is_floating_point()}
-    if len(kinds) != 1:
-        problems.append(f"numbers of {len(kinds)} types ({', '.join(sorted(map(str, kinds)))})")
+    kinds = {weight.dtype for weight in weights.values()}
+    if len(kinds) != 1 or not kinds <= _DTYPES:
+        problems.append(f"numbers of type {', '.join(sorted(map(str, kinds)))} instead of one floating type")
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"MouseModel: weights must fit the configuration, got {'; '.join(problems[:3])}{more}.")
@@ -358,7 +389,7 @@ def _file_name(name: str) -> str:
 
 
 def init_from_pretrained_backbone(
-    repo_id_or_path: str | Path,
+    repo_or_path: str | Path,
     *,
     backbone_kwargs_overrides: Mapping[str, Any] | None = None,
     load_weights: bool = True,
@@ -369,7 +400,7 @@ def init_from_pretrained_backbone(
     """Builds a model around the decoder layers of a language model (Llama or Qwen3).
 
     Args:
-        repo_id_or_path: a folder or Hub repository with a `transformers` checkpoint.
+        repo_or_path: a folder or Hub repository with a `transformers` checkpoint.
         backbone_kwargs_overrides: replace what the checkpoint says, such as ``num_layers`` for its first layers only.
         load_weights: copy the layers' weights; its token embedding and final norm have no use here.
         revision: branch, tag or commit of the repository.
@@ -390,12 +421,17 @@ def init_from_pretrained_backbone(
         >>> model.trunk.backbone.num_layers, model.config.hidden_dim
         (2, 16)
     """
+    if taken := {"hidden_dim", "backbone_kwargs"} & set(config):
+        raise TypeError(
+            f"init_from_pretrained_backbone: {sorted(taken)[0]} must be the checkpoint's, got it as an option. Give "
+            "backbone_kwargs_overrides to change what can be changed."
+        )
     kwargs, hidden_dim = backbone_kwargs_from_pretrained(
-        repo_id_or_path, revision=revision, token=token, **(backbone_kwargs_overrides or {})
+        repo_or_path, revision=revision, token=token, **(backbone_kwargs_overrides or {})
     )
     model = MouseModel(MouseConfig(hidden_dim=hidden_dim, backbone_kwargs=kwargs, **config))
     if load_weights and (backbone := model.trunk.backbone) is not None:
-        load_pretrained_layers(backbone, repo_id_or_path, revision=revision, token=token)
+        load_pretrained_layers(backbone, repo_or_path, revision=revision, token=token)
     return model
 
 

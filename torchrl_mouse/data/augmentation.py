@@ -28,6 +28,11 @@ class _WindowTransform(Transform):
         )
 
 
+def _check_width(place: NestedKey, value: torch.Tensor, width: int) -> None:
+    if value.shape[-1] != width:
+        raise ValueError(f"RandomSymmetry: entry {place!r} must be [B, T, {width}], got {tuple(value.shape)}.")
+
+
 def _root_and_next(key: NestedKey) -> tuple[NestedKey, NestedKey]:
     path = key if isinstance(key, tuple) else (key,)
     return path, ("next", *path)
@@ -90,7 +95,8 @@ class RandomSymmetry(_WindowTransform):
 
     A mirrored or turned maze is as good a task as the maze itself: with few training tasks this gives many more, none
     of them invented. One symmetry is drawn per window, and moves together what belongs together: the observation, the
-    actions that were taken, and the teacher's values per action. It is a transform of a replay buffer.
+    actions that were taken, the teacher's values per action and the action mask. Previous actions need
+    ``episode_step`` beside them: an episode's first frame has none. It is a transform of a replay buffer.
 
     Args:
         observation_maps: ``[K, C, C]``, for each of ``K`` symmetries the matrix that is applied to the observation.
@@ -116,39 +122,69 @@ class RandomSymmetry(_WindowTransform):
     action_maps: torch.Tensor
 
     def __init__(self, observation_maps: torch.Tensor, action_maps: torch.Tensor) -> None:
-        if observation_maps.ndim != 3 or observation_maps.shape[1] != observation_maps.shape[2]:
+        if (
+            observation_maps.ndim != 3
+            or not len(observation_maps)
+            or observation_maps.shape[1] != observation_maps.shape[2]
+        ):
             raise ValueError(
-                f"RandomSymmetry: observation_maps must be [K, C, C], got {tuple(observation_maps.shape)}."
+                f"RandomSymmetry: observation_maps must be [K, C, C], K >= 1, got {tuple(observation_maps.shape)}."
             )
         if action_maps.ndim != 2 or len(action_maps) != len(observation_maps):
             raise ValueError(
                 f"RandomSymmetry: action_maps must be [K, A] with K={len(observation_maps)}, got "
                 f"{tuple(action_maps.shape)}."
             )
-        if not torch.equal(action_maps.sort(-1).values, torch.arange(action_maps.shape[1]).expand_as(action_maps)):
+        if action_maps.is_floating_point() or not torch.equal(
+            action_maps.sort(-1).values, torch.arange(action_maps.shape[1]).expand_as(action_maps)
+        ):
             raise ValueError(
                 f"RandomSymmetry: each row of action_maps must be a permutation of 0 to {action_maps.shape[1] - 1}, "
                 f"got {action_maps.tolist()}."
             )
-        super().__init__(in_keys=[schema.OBSERVATION, schema.ACTION, schema.PREVIOUS_ACTION, schema.Q_STAR])
+        super().__init__(in_keys=[])
         self.register_buffer("observation_maps", observation_maps)
         self.register_buffer("action_maps", action_maps)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Changes windows ``[B, T]`` with action ids; entries that are not there are left out."""
+        """Changes windows ``[B, T]`` with action ids; entries that are not there are left out.
+
+        Raises:
+            ValueError: other shapes, or discrete observations, which cannot be turned.
+        """
         if tensordict.ndim != 2:
             raise ValueError(f"RandomSymmetry: windows must be [B, T], got {tuple(tensordict.shape)}.")
         drawn = torch.randint(len(self.action_maps), tensordict.shape[:1], device=self.action_maps.device)
         turn, permutation = self.observation_maps[drawn], self.action_maps[drawn]  # (B, C, C), (B, A)
+        for place in _root_and_next(schema.OBSERVATION_DISCRETE):
+            if tensordict.get(place, None) is not None:
+                raise ValueError(f"RandomSymmetry: windows must not hold {place!r}, got it: ids cannot be turned.")
         for place in _root_and_next(schema.OBSERVATION):
             if (value := tensordict.get(place, None)) is not None:
-                tensordict.set(place, value @ turn.mT)
+                _check_width(place, value, turn.shape[-1])
+                tensordict.set(place, value @ turn.mT.to(value))
         for place in (schema.ACTION, *_root_and_next(schema.PREVIOUS_ACTION)):
             if tensordict.get(place, None) is not None:
-                ids = schema.require(tensordict, place, "integer")
-                tensordict.set(place, permutation.gather(1, ids.flatten(1)).reshape(ids.shape))
-        for place in _root_and_next(schema.Q_STAR):
-            if (value := tensordict.get(place, None)) is not None:
-                origin = permutation.argsort(-1).unsqueeze(1).expand_as(value)
-                tensordict.set(place, value.gather(-1, origin))
+                tensordict.set(place, self._turn_actions(tensordict, place, permutation))
+        for key in (schema.Q_STAR, schema.ACTION_MASK):
+            for place in _root_and_next(key):
+                if (value := tensordict.get(place, None)) is not None:
+                    _check_width(place, value, permutation.shape[-1])
+                    tensordict.set(place, value.gather(-1, permutation.argsort(-1).unsqueeze(1).expand_as(value)))
         return tensordict
+
+    @staticmethod
+    def _turn_actions(steps: TensorDictBase, place: NestedKey, permutation: torch.Tensor) -> torch.Tensor:
+        ids = schema.require(steps, place, "integer")
+        if ids.shape not in (steps.shape, (*steps.shape, 1)):
+            raise ValueError(f"RandomSymmetry: entry {place!r} must hold ids [B, T], got {tuple(ids.shape)}.")
+        num = permutation.shape[-1]
+        turned = permutation.gather(1, ids.clamp(0, num - 1).flatten(1)).reshape(ids.shape)
+        # Ids that are none stay for the loss to refuse, or not: what stands at a terminal frame is no action.
+        turned = torch.where((ids >= 0) & (ids < num), turned, ids)
+        if place == schema.ACTION:
+            return turned
+        # An episode's first frame has no previous action: what stands there stays.
+        step = schema.EPISODE_STEP if place == schema.PREVIOUS_ACTION else ("next", schema.EPISODE_STEP)
+        first = schema.require(steps, step).reshape(ids.shape) == 0
+        return torch.where(first, ids, turned)

@@ -247,7 +247,7 @@ def split_goals(num_train: int, size: int = 9, seed: int = 0) -> tuple[torch.Ten
 def grid_symmetries() -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the eight turns and mirrorings of the grid, which make a task with another goal of a task.
 
-    They hold for a start in the centre.
+    They hold for a start in the centre of a grid with an odd side.
 
     Returns:
         Matrices float32 ``[8, 2, 2]`` on the observation, and int64 ``[8, 5]``, what each action becomes; as

@@ -69,13 +69,23 @@ class _ActionScores(TensorDictModuleBase):
         return tensordict.set(self.out_keys[0], output[..., : self.num_actions])
 
 
+class _GaussianParameters(NormalParamExtractor):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loc, scale = super().forward(output.to(self.dtype))
+        return loc, scale
+
+
 class _Logits(torch.nn.Module):
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
 
     def forward(self, scores: torch.Tensor, action_mask: torch.Tensor | None = None) -> torch.Tensor:
-        logits = scores / self.temperature
+        logits = (scores - scores.amax(-1, keepdim=True)) / self.temperature  # no overflow at low temperatures
         # Not -inf: where nothing is allowed, as may be at an episode's end, any action will do, and none must fail.
         return logits if action_mask is None else torch.where(action_mask, logits, torch.finfo(logits.dtype).min)
 
@@ -156,7 +166,7 @@ def make_actor(
             a :class:`GaussianHead` continuous, ``Bounded`` or ``Unbounded``.
         temperature: 0 takes the best action (a ``QValueModule``, which also writes ``chosen_action_value``); above it,
             actions are drawn from ``softmax(scores / temperature)`` (a ``ProbabilisticActor``: the best action where
-            TorchRL's exploration type is deterministic).
+            TorchRL's exploration type is ``DETERMINISTIC`` or ``MODE``; actions have no ``MEAN`` or ``MEDIAN``).
         num_actions: act with that many of the head's actions, the first ones; the space must have as many. All by
             default. Vectors are compared with those of all the head's actions, as in MOUSE, unless there is a mask.
         action_mask_key: entry bool ``[*, A]`` over the space's actions, true where one is allowed
@@ -257,7 +267,8 @@ def gaussian_policy(head: TensorDictModule, spec: TensorSpec, *, action_key: Nes
             f"gaussian_policy: the bounds of the action spec must be finite, got {spec.space.low.tolist()} to "
             f"{spec.space.high.tolist()}. Use an Unbounded spec, or wide finite bounds."
         )
-    parameters = TensorDictModule(NormalParamExtractor(), head.out_keys, [LOC, SCALE])
+    # In the space's type: log-probabilities of a bfloat16 model would be too coarse for the ratios of PPO.
+    parameters = TensorDictModule(_GaussianParameters(spec.dtype), head.out_keys, [LOC, SCALE])
     return ProbabilisticActor(
         TensorDictSequential(head, parameters),
         in_keys=[LOC, SCALE],

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Cache, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3Model
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -57,7 +58,12 @@ _OLD_ROPE_OPTIONS = {"rope_theta", "rope_scaling"}  # as `transformers` 4 says i
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 MAX_SIZE, MAX_LAYERS, MAX_PARAMETERS = 2**24, 2**12, 10**11
+MAX_HEAD_DIM = 2**14
 """What a configuration from a stranger may ask for, before any memory is taken."""
+
+
+# Not cuDNN's, which has numerical issues (MOUSE switches it off everywhere).
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class _RowCache(Cache):
@@ -144,7 +150,7 @@ class CausalBackbone(nn.Module):
         super().__init__()
         if kind is None:
             kind = "llama" if head_dim is None else "qwen3"
-        if kind not in FAMILIES:
+        if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"CausalBackbone: kind must be one of {', '.join(FAMILIES)}, got {kind!r}.")
         if use_sliding_window:
             raise ValueError(
@@ -163,7 +169,8 @@ class CausalBackbone(nn.Module):
             "intermediate_size": intermediate_size,
         }
         for name, value in (sizes | {name: size for name, size in optional.items() if size is not None}).items():
-            check_size("CausalBackbone", name, value, most=MAX_LAYERS if name == "num_layers" else MAX_SIZE)
+            most = {"num_layers": MAX_LAYERS, "head_dim": MAX_HEAD_DIM}.get(name, MAX_SIZE)
+            check_size("CausalBackbone", name, value, most=most)
         num_key_value_heads = num_heads if num_key_value_heads is None else num_key_value_heads
         if num_heads % num_key_value_heads:
             raise ValueError(
@@ -212,6 +219,11 @@ class CausalBackbone(nn.Module):
             if name not in further:
                 nearest = difflib.get_close_matches(name, sorted({*further, *sizes, *optional}), cutoff=0.0)
                 raise TypeError(f"CausalBackbone: unknown option {name!r}. The nearest are {', '.join(nearest)}.")
+        epsilon, dropout = kwargs.get("rms_norm_eps", family.rms_norm_eps), kwargs.get("attention_dropout", 0.0)
+        if isinstance(epsilon, int | float) and not 0 < epsilon < math.inf:
+            raise ValueError(f"CausalBackbone: rms_norm_eps must be positive, got {epsilon}.")
+        if isinstance(dropout, int | float) and not 0 <= dropout < 1:
+            raise ValueError(f"CausalBackbone: attention_dropout must lie in [0, 1), got {dropout}.")
         config = _make_config(family, fixed, {"rms_norm_eps": family.rms_norm_eps, **kwargs})
         self.kind = kind
         self.model = family.model(config)
@@ -321,13 +333,14 @@ class CausalBackbone(nn.Module):
         mask: torch.Tensor | None,
         cache: _RowCache | None,
     ) -> torch.Tensor:
-        out: torch.Tensor = self.model(
-            inputs_embeds=features,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=False,
-        ).last_hidden_state
+        with sdpa_kernel(_ATTENTION):
+            out: torch.Tensor = self.model(
+                inputs_embeds=features,
+                position_ids=positions,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=False,
+            ).last_hidden_state
         return out
 
 

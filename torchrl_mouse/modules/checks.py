@@ -6,7 +6,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 _TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -20,6 +20,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 MAX_INT = 2**31 - 1
+MAX_FLOAT = 1e30
 
 
 def check_size(where: str, name: str, value: int, least: int = 1, most: int | None = None) -> None:
@@ -50,7 +51,9 @@ def check_size(where: str, name: str, value: int, least: int = 1, most: int | No
         raise ValueError(f"{where}: {name} must be at most {most}, got {value}.")
 
 
-def check_options(where: str, options: Mapping[str, Any], *builders: type) -> None:
+def check_options(
+    where: str, options: Mapping[str, Any], *builders: type, given: Collection[str] = (), complete: bool = True
+) -> None:
     """Raises unless options name arguments of classes, and are of the simple types that these are annotated with.
 
     What comes from a file gets so a clear error before anything is built.
@@ -60,10 +63,12 @@ def check_options(where: str, options: Mapping[str, Any], *builders: type) -> No
         options: by name.
         builders: the class that takes them, then those that it passes its ``**kwargs`` on to; where the last one takes
             ``**kwargs``, unknown names are left to it.
+        given: arguments that are given elsewhere, and must not be in ``options``.
+        complete: raise also where an argument without a default is missing.
 
     Raises:
-        TypeError: an unknown option, or a value of another type.
-        ValueError: an integer so large that no size can be meant.
+        TypeError: an unknown or missing option, or a value of another type.
+        ValueError: an integer so large that no size can be meant, or a number that is not finite.
 
     Examples:
         >>> from torchrl_mouse.modules import StepEmbedder
@@ -73,12 +78,20 @@ def check_options(where: str, options: Mapping[str, Any], *builders: type) -> No
         TypeError: embedding_kwargs: token_data_len must be int, got '2'.
     """
     known: dict[str, str] = {}
+    required: set[str] = set()
     for build in builders:
         parameters = inspect.signature(build).parameters.values()
         options_of = [p for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
         known |= {p.name: str(p.annotation) for p in options_of}
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        required |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    if complete and (missing := sorted(required - set(given) - set(options))):
+        raise TypeError(f"{where}: option {missing[0]!r} must be given, got only {', '.join(options) or 'none'}.")
+    for name in given:
+        known.pop(name, None)
     for name, value in options.items():
+        if name in given:
+            raise TypeError(f"{where}: option {name!r} must be given beside {where}, got it inside. Take it out.")
         if name not in known:
             if open_ended:
                 continue
@@ -89,5 +102,6 @@ def check_options(where: str, options: Mapping[str, Any], *builders: type) -> No
         types = tuple(kind for part in kinds for kind in _TYPES[part])
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise TypeError(f"{where}: {name} must be {' or '.join(kinds)}, got {value!r}.")
-        if isinstance(value, int) and abs(value) > MAX_INT:
-            raise ValueError(f"{where}: {name} must lie within +-{MAX_INT}, got {value}.")
+        most = MAX_INT if isinstance(value, int) else MAX_FLOAT
+        if isinstance(value, int | float) and not abs(value) <= most:
+            raise ValueError(f"{where}: {name} must lie within +-{most:g}, got {value}.")

@@ -112,6 +112,18 @@ class KVCache:
             self._slots.pop(stream, None)
         self._last = None
 
+    def require(self, stream: int) -> None:
+        """Raises unless a stream has a context.
+
+        Args:
+            stream: its address.
+
+        Raises:
+            KeyError: it has none.
+        """
+        if stream not in self._slots:
+            raise KeyError(f"KVCache: the source must have a context, got none for stream {stream}.")
+
     def copy(self, source: int, target: int) -> None:
         """Gives a stream a copy of another's context; what it had is lost.
 
@@ -123,8 +135,7 @@ class KVCache:
             KeyError: the source has no context.
             ValueError: there is no room for two contexts.
         """
-        if source not in self._slots:
-            raise KeyError(f"KVCache: the source must have a context, got none for stream {source}.")
+        self.require(source)
         if self.max_streams < 2:
             raise ValueError(f"KVCache: max_streams must be at least 2 to copy, got {self.max_streams}. Raise it.")
         old, new = self._take([source, target])

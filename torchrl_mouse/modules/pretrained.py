@@ -142,6 +142,8 @@ def backbone_kwargs_from_pretrained(
     where = "backbone_kwargs_from_pretrained"
     files = _Files(where, repo_or_path, revision, token, force_download)
     kwargs, hidden_dim = _read_config(files)
+    if overrides.get("kind", kwargs["kind"]) != kwargs["kind"]:
+        raise ValueError(f"{where}: kind must be the checkpoint's {kwargs['kind']!r}, got {overrides['kind']!r}.")
     for name, replaced in (*_NAMES.items(), ("intermediate_size", "expand")):
         if replaced in overrides and name not in overrides:
             kwargs.pop(name)
@@ -286,7 +288,7 @@ def _weight_map(files: _Files) -> dict[str, str]:
         if any(name.endswith((".bin", ".pt", ".pth")) for name in files.names()):
             raise ValueError(
                 f"{files.where}: {files.name} must have its weights in {WEIGHTS_FILE}, got pickled ones only, which "
-                "can run code ({files.listing()}). If you trust them, convert them: "
+                f"can run code ({files.listing()}). If you trust them, convert them: "
                 "AutoModelForCausalLM.from_pretrained(source).save_pretrained(folder)."
             ) from error
         raise FileNotFoundError(

@@ -96,6 +96,10 @@ class Trunk(TensorDictModuleBase):
             check_size("Trunk", name, size)
         if unknown := set(keys or {}) - set(MODALITIES):
             raise ValueError(f"Trunk: keys must name modalities ({', '.join(MODALITIES)}), got {sorted(unknown)}.")
+        for name, key in (keys or {}).items():
+            parts = key if isinstance(key, tuple) else (key,)
+            if not parts or not all(isinstance(part, str) and part for part in parts):
+                raise ValueError(f"Trunk: keys must hold a name, or a tuple of names, for {name!r}, got {key!r}.")
         self.embedder = embedder
         self.backbone = backbone
         self.window = window
@@ -181,7 +185,10 @@ class Trunk(TensorDictModuleBase):
             )
         if self._cache is None:
             raise KeyError("Trunk: sources must have contexts, got none at all.")
-        for source, target in zip(sources.reshape(-1).tolist(), targets.reshape(-1).tolist(), strict=True):
+        pairs = list(zip(sources.reshape(-1).tolist(), targets.reshape(-1).tolist(), strict=True))
+        for source, _ in pairs:
+            self._cache.require(source)
+        for source, target in pairs:
             self._cache.copy(source, target)
 
     def mark_weight_update(self) -> None:
@@ -201,6 +208,7 @@ class Trunk(TensorDictModuleBase):
             ValueError: a window does not fit, ids are out of range or of an unknown encoding.
             RuntimeError: (sequential) a row in the middle of a task has no context.
         """
+        _require_steps(tensordict)
         if recurrent_mode():
             return tensordict.set(schema.HIDDEN, self._window(tensordict))
         hidden = self._append(tensordict.reshape(-1, 1))
@@ -219,10 +227,12 @@ class Trunk(TensorDictModuleBase):
             The same, with ``hidden`` ``[*, T, D]``.
 
         Raises:
-            ValueError: no time dimension, or a row holds several streams; and as in sequential mode.
+            ValueError: no time dimension, or a row holds several streams; and as in sequential mode. After an error in
+                the middle the rows have no context.
         """
         if tensordict.ndim == 0:
             raise ValueError("Trunk: steps must be [*, T] to be appended, got no time dimension.")
+        _require_steps(tensordict)
         hidden = self._append(tensordict.reshape(-1, tensordict.shape[-1]))
         return tensordict.set(schema.HIDDEN, hidden.reshape(*tensordict.shape, -1))
 
@@ -293,6 +303,7 @@ class Trunk(TensorDictModuleBase):
         if self._cache is None:
             self._cache = KVCache(self._new_kv_cache, window=self.window, max_streams=self.max_streams)
         self._cache.max_streams = self.max_streams  # it may have been raised
+        embed = self.embedder(values)  # All ids are looked at before any context changes.
         stream = schema.require(steps, schema.STREAM, "integer").reshape(-1, num).cpu()
         if (other := stream != stream[:, :1]).any():
             row, step = other.nonzero()[0].tolist()
@@ -302,15 +313,20 @@ class Trunk(TensorDictModuleBase):
             )
         streams, starts = stream[:, 0].tolist(), schema.require(steps, schema.IS_INIT, "bool").reshape(-1, num).cpu()
         hidden, begin = [], 0
-        while begin < num:  # In one pass what lies before the next task's start or full context in any row.
-            rows = self._cache.locate(streams, starts[:, begin].tolist())
-            self._make_room(rows, streams)
-            end = min(num, begin + self.window - int(self._cache.length[rows].max()))
-            later = starts[:, begin + 1 : end].any(0).nonzero()
-            end = begin + 1 + int(later[0]) if len(later) else end
-            some = {name: value[:, begin:end] for name, value in values.items()}
-            hidden.append(self._encode(rows, some, torch.full_like(rows, end - begin)))
-            begin = end
+        try:
+            while begin < num:  # In one pass what lies before the next task's start or full context in any row.
+                rows = self._cache.locate(streams, starts[:, begin].tolist())
+                self._make_room(rows, streams)
+                end = min(num, begin + self.window - int(self._cache.length[rows].max()))
+                later = starts[:, begin + 1 : end].any(0).nonzero()
+                end = begin + 1 + int(later[0]) if len(later) else end
+                some = {name: value[:, begin:end] for name, value in values.items()}
+                hidden.append(self._encode(rows, some, embed[:, begin:end], torch.full_like(rows, end - begin)))
+                begin = end
+        except BaseException:
+            if begin:  # Half a context would be gone on with: none is an error.
+                self._cache.forget(streams)
+            raise
         return torch.cat(hidden, 1)
 
     def _make_room(self, rows: torch.Tensor, streams: list[int]) -> None:
@@ -335,11 +351,15 @@ class Trunk(TensorDictModuleBase):
         assert self.backbone is not None
         return self.backbone.new_kv_cache(slots, capacity=self.window * self.embedder.tokens_per_step)
 
-    def _encode(self, rows: torch.Tensor, values: Mapping[str, torch.Tensor], counts: torch.Tensor) -> torch.Tensor:
-        """Appends steps ``[B, T]`` to contexts; only the first ``counts[i]`` of row ``i`` are real and stay visible."""
+    def _encode(
+        self, rows: torch.Tensor, values: Mapping[str, torch.Tensor], embed: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """Appends steps ``[B, T]``, embedded ``[B, T, N, D]``, to contexts.
+
+        Only the first ``counts[i]`` of row ``i`` are real and stay visible.
+        """
         assert self.backbone is not None
         assert self._cache is not None
-        embed = self.embedder(values)  # (B, T, N, D)
         num = embed.shape[1]
         begin = self._cache.length[rows] * self.embedder.tokens_per_step
         tokens = num * self.embedder.tokens_per_step
@@ -359,4 +379,9 @@ class Trunk(TensorDictModuleBase):
         values = self._cache.recall(kept, counts) if len(kept) else {}
         self._cache.length[rows] = 0
         if values:
-            self._encode(kept, values, counts)
+            self._encode(kept, values, self.embedder(values), counts)
+
+
+def _require_steps(tensordict: TensorDictBase) -> None:
+    if 0 in tensordict.shape:
+        raise ValueError(f"Trunk: there must be at least one step, got a batch of shape {tuple(tensordict.shape)}.")
