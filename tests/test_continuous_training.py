@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import ValueOperator, set_recurrent_mode
-from torchrl.objectives import ClipPPOLoss, SACLoss, SoftUpdate
+from torchrl.objectives import ClipPPOLoss, LossModule, SACLoss, SoftUpdate
 
 from torchrl_mouse import schema
 from torchrl_mouse.envs import DecisionMask, PointRobotEnv, TaskEnv
@@ -127,6 +128,37 @@ def test_what_comes_next_is_seen_after_all_that_came_before():
             expected = model.trunk(frames)[schema.HIDDEN]
         torch.testing.assert_close(seen["following"][:, length - 1], expected[:, -1])
         torch.testing.assert_close(seen["root"][:, length - 1], expected[:, -2])
+
+
+def test_a_missing_next_frame_is_named():
+    env = make_env()
+    model = make_model(env)
+    loss = CombinedLoss(model.trunk, {"ppo": ppo(model, env)})
+    with torch.no_grad():
+        steps = env.rollout(5, model.actor(env.action_spec_unbatched))
+    with pytest.raises(KeyError, match=r"'next', 'observation'"):
+        loss(steps.exclude(("next", "observation")))
+
+
+def test_losses_do_not_read_what_others_leave():
+    env = make_env()
+    model = make_model(env)
+
+    class Leaving(LossModule):
+        in_keys = (schema.HIDDEN,)
+        out_keys = ("loss_leaving",)
+
+        def forward(self, tensordict):
+            tensordict["advantage"] = torch.full_like(tensordict["next", "reward"], 100.0)
+            return TensorDict({"loss_leaving": tensordict[schema.HIDDEN].sum()})
+
+    parts = {"leaving": Leaving(), "ppo": ppo(model, env)}
+    with torch.no_grad():
+        steps = env.rollout(41, model.actor(env.action_spec_unbatched))
+    together = CombinedLoss(model.trunk, parts)(steps)
+    alone = CombinedLoss(model.trunk, {"ppo": parts["ppo"]})(steps)
+    torch.testing.assert_close(together["loss_objective"], alone["loss_objective"])
+    assert "advantage" not in steps
 
 
 def mean_return(model, env):

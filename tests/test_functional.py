@@ -11,12 +11,19 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from torchrl_mouse.functional import (
+    SP_LOSSES,
+    SV_LOSSES,
     conservative_penalty,
+    episode_discount,
+    greedy_vector,
+    masked_moments,
+    normalize_reward,
     rope_rotate,
     segment_mask,
     segment_positions,
     td_target,
     teacher_cross_entropy,
+    vec_dqn_cost,
     vec_dqn_scores,
 )
 
@@ -147,6 +154,147 @@ def test_rows_without_teacher_cost_nothing(nothing, smoothing):
     assert (logits.grad[1] != 0).all()
 
 
+def policy_divergences(logits, q_star, temperature, smoothing):
+    """Every variant with torch's own divergences."""
+    p = (1 - smoothing) * (q_star / temperature).softmax(-1) + smoothing / q_star.shape[-1]
+    q = logits.softmax(-1)
+    middle = (p + q) / 2
+
+    def kl(one, other):
+        return F.kl_div(other.log(), one, reduction="none").sum(-1)
+
+    return {
+        "ce": F.cross_entropy(logits, q_star.argmax(-1), reduction="none", label_smoothing=smoothing),
+        "ce-soft-fwd": F.cross_entropy(logits, p, reduction="none"),
+        "ce-soft-bwd": -(q * p.log()).sum(-1),
+        "kl-fwd": kl(p, q),
+        "kl-bwd": kl(q, p),
+        "js": (kl(p, middle) + kl(q, middle)) / 2,
+    }
+
+
+soft_losses = pytest.mark.parametrize("loss_type", SP_LOSSES)
+
+
+@pytest.mark.parametrize("options", [(1.0, 0.0), (0.5, 0.2), (2.0, 0.0)])
+def test_policy_losses_equal_torchs(options):
+    logits, q_star = (entry.double() for entry in random_teacher())
+    expected = policy_divergences(logits, q_star, *options)
+    assert expected.keys() == SP_LOSSES.keys()
+    for name, loss in SP_LOSSES.items():
+        cost = loss(logits, q_star, temperature=options[0], label_smoothing=options[1])
+        torch.testing.assert_close(cost, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@soft_losses
+def test_policy_losses_give_padding_no_probability(loss_type, smoothing):
+    logits, q_star = random_teacher()
+    padded = q_star.clone()
+    padded[:, 3:] = -INF
+    logits[:, 4] = 30.0  # Would swallow all the probability.
+    logits.requires_grad_()
+    options = {"temperature": 0.5, "label_smoothing": smoothing}
+    cost = SP_LOSSES[loss_type](logits, padded, **options)
+    torch.testing.assert_close(cost, SP_LOSSES[loss_type](logits[:, :3], q_star[:, :3], **options))
+    cost.sum().backward()
+    assert (logits.grad[:, 3:] == 0).all()
+    assert (logits.grad[:, :3] != 0).all()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@soft_losses
+def test_policy_losses_cost_nothing_without_a_teacher(loss_type, smoothing):
+    logits, q_star = random_teacher()
+    logits.requires_grad_()
+    q_star[0], q_star[1], q_star[2, :4] = -INF, NAN, -INF
+    cost = SP_LOSSES[loss_type](logits, q_star, label_smoothing=smoothing)
+    assert (cost[:3] == 0).all(), "with one action, there is nothing to learn either"
+    assert (cost[3:] > 0).all()
+    with torch.autograd.set_detect_anomaly(True):
+        cost.sum().backward()
+    assert (logits.grad[:2] == 0).all()
+    assert logits.grad.isfinite().all()
+
+
+@soft_losses
+def test_policy_losses_are_finite_for_sharp_policies(loss_type):
+    logits = torch.tensor([[0.0, 1e4], [1e4, 0.0]], requires_grad=True)
+    cost = SP_LOSSES[loss_type](logits, torch.tensor([[1e4, 0.0], [1e4, 0.0]]))
+    cost.sum().backward()
+    assert cost.isfinite().all()
+    assert cost[0] > 0.6  # log 2 at least
+    assert cost[1].item() == pytest.approx(0.0, abs=1e-6)
+    assert logits.grad.isfinite().all()
+
+
+@soft_losses
+def test_policy_losses_leave_the_teacher_alone(loss_type):
+    logits, q_star = random_teacher()
+    q_star.requires_grad_()
+    SP_LOSSES[loss_type](logits.requires_grad_(), q_star).sum().backward()
+    assert q_star.grad is None
+
+
+def test_value_losses_are_means_over_finite_entries():
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]], requires_grad=True)
+    q_star = torch.tensor([[3.0, 2.0, -INF], [NAN, INF, -INF], [7.0, 9.0, 12.0]])
+    assert SV_LOSSES["mse"](values, q_star).tolist() == pytest.approx([2.0, 0.0, 10 / 3])
+    assert SV_LOSSES["mae"](values, q_star).tolist() == pytest.approx([1.0, 0.0, 4 / 3])
+    with torch.autograd.set_detect_anomaly(True):
+        SV_LOSSES["mse"](values, q_star).sum().backward()
+    expected = torch.tensor([[-2.0, 0, 0], [0, 0, 0], [0, -2 / 3, -2.0]])
+    assert torch.allclose(values.grad, expected)
+
+
+@pytest.mark.parametrize("loss_type", SV_LOSSES)
+def test_value_losses_leave_the_teacher_alone(loss_type):
+    values, q_star = random_teacher()
+    q_star.requires_grad_()
+    SV_LOSSES[loss_type](values.requires_grad_(), q_star).sum().backward()
+    assert q_star.grad is None
+
+
+def test_masked_moments_equal_torchs():
+    values = torch.randn(3, 9, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(3, 9, dtype=torch.bool)
+    valid[0, 4:], valid[1, 1:], valid[2] = False, False, False
+    mean, std = masked_moments(values.masked_fill(~valid, NAN), valid)
+    assert torch.allclose(mean.squeeze(-1), torch.stack([values[0, :4].mean(), values[1, 0], torch.zeros(())]))
+    assert torch.allclose(std.squeeze(-1), torch.stack([values[0, :4].std(), torch.zeros(()), torch.zeros(())]))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("std", [False, True])
+def test_normalize_reward_is_per_sequence(mean, std):
+    reward = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)) + 3
+    valid = torch.ones(2, 9, dtype=torch.bool)
+    valid[1, 5:] = False
+    options = {"normalize_reward_mean": mean, "normalize_reward_std": std, "normalize_reward_std_target": 2.0}
+    out = normalize_reward(reward.masked_fill(~valid, NAN), valid, normalize_reward_eps=0.1, **options)
+    for row, length in enumerate((9, 5)):
+        known = reward[row, :length]
+        expected = known - known.mean() if mean else known
+        expected = expected / (known.std() + 0.1) * 2.0 if std else expected
+        assert torch.allclose(out[row, :length], expected, atol=1e-6)
+        assert (out[row, length:] == 0).all()
+
+
+def test_normalize_reward_without_spread():
+    reward, valid = torch.tensor([[2.0, 9.0], [0.0, 0.0]]), torch.tensor([[True, False], [True, True]])
+    out = normalize_reward(reward, valid, normalize_reward_std=True, normalize_reward_std_target=5.0)
+    assert out.tolist() == [[2.0, 0.0], [0.0, 0.0]], "one reward has no spread; no reward stays none"
+
+
+@pytest.mark.parametrize("gamma", [0.5, torch.tensor(0.5)])
+def test_episode_discount(gamma):
+    terminated = torch.tensor([True, False, False, True])
+    truncated = torch.tensor([False, True, False, True])
+    assert episode_discount(terminated, truncated, gamma=gamma).tolist() == [0.0, 0.5, 0.5, 0.0]
+    options = {"gamma_terminal": 0.25, "gamma_truncated": 0.0}
+    assert episode_discount(terminated, truncated, gamma=gamma, **options).tolist() == [0.25, 0.0, 0.5, 0.25]
+
+
 @pytest.fixture(scope="module")
 def reference():
     """Vectors of size 2 and 4, their scores and their rotations by ``theta``, computed by MOUSE."""
@@ -245,3 +393,26 @@ def test_vectors_without_direction_do_no_harm(length, dtype):
     if length == 0:
         assert (scores[:, :2] == 0).all()
         assert (vectors.grad[:, :2] == 0).all()
+
+
+@property_test
+@given(vectors_of_actions)
+def test_greedy_vector_has_the_highest_score(vectors):
+    scores, greedy = vec_dqn_scores(vectors), greedy_vector(vectors)
+    for row in range(len(vectors)):
+        assert torch.equal(greedy[row], vectors[row, scores[row].argmax()])
+
+
+@property_test
+@given(st.integers(0, 10_000), angles)
+def test_vec_dqn_cost_is_one_minus_the_cosine_and_does_not_move_the_target(seed, theta):
+    vectors, following = random_vectors(5, 3, 2, seed=seed), random_vectors(5, 2, seed=seed + 1).requires_grad_()
+    vectors.requires_grad_()
+    action, turn = torch.tensor([0, 1, 2, 1, 0]), torch.full((5,), theta, dtype=torch.float64)
+    cost = vec_dqn_cost(vectors, action, following, turn)
+    angle = [torch.atan2(*pair.flip(-1).unbind(-1)) for pair in (vectors[range(5), action], following)]
+    torch.testing.assert_close(cost, 1 - (angle[0] - angle[1] - turn).cos())
+    cost.sum().backward()
+    assert following.grad is None
+    taken = torch.nn.functional.one_hot(action, 3).bool()
+    assert (vectors.grad[~taken] == 0).all()

@@ -1,9 +1,15 @@
-"""Pure tensor mathematics: contexts inside windows, targets and penalties of losses, vectors as action values."""
+"""Pure tensor mathematics: contexts inside windows, the arithmetic of losses, vectors as action values."""
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def segment_positions(is_init: torch.Tensor) -> torch.Tensor:
@@ -41,13 +47,97 @@ def segment_mask(is_init: torch.Tensor) -> torch.Tensor:
     return (segment.unsqueeze(-1) == segment.unsqueeze(-2)).tril()
 
 
-def td_target(
+def masked_moments(values: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes the mean and the unbiased standard deviation over the valid entries of the last dimension.
+
+    Args:
+        values: ``[*, T]``; invalid ones may be anything.
+        valid: bool ``[*, T]``.
+
+    Returns:
+        The mean and the standard deviation, ``[*, 1]``: zero without a valid entry; and without two of them.
+
+    Examples:
+        >>> valid = torch.tensor([True, True, False])
+        >>> mean, std = masked_moments(torch.tensor([1.0, 3.0, float("nan")]), valid)
+        >>> round(mean.item(), 4), round(std.item(), 4)
+        (2.0, 1.4142)
+    """
+    count = valid.sum(-1, keepdim=True)
+    mean = torch.where(valid, values, 0.0).sum(-1, keepdim=True) / count.clamp_min(1)
+    squares = torch.where(valid, values - mean, 0.0).square().sum(-1, keepdim=True)
+    return mean, (squares / (count - 1).clamp_min(1)).sqrt()
+
+
+def normalize_reward(
     reward: torch.Tensor,
-    next_value: torch.Tensor,
-    discount: torch.Tensor,
+    valid: torch.Tensor,
     *,
-    scale: float = 1.0,
-    shift: float = 0.0,
+    normalize_reward_mean: bool = False,
+    normalize_reward_std: bool = False,
+    normalize_reward_eps: float = 1e-8,
+    normalize_reward_std_target: float = 1.0,
+) -> torch.Tensor:
+    """Normalises the rewards of each sequence by their own mean and standard deviation.
+
+    Args:
+        reward: ``[*, T]``; invalid ones may be anything.
+        valid: bool ``[*, T]``, the steps that count.
+        normalize_reward_mean: subtract the sequence's mean.
+        normalize_reward_std: divide by the sequence's unbiased standard deviation, after the mean was subtracted, and
+            multiply by the target. A sequence with fewer than two valid steps has none and keeps its scale.
+        normalize_reward_eps: added to the standard deviation; rewards that are all equal are divided by this alone.
+        normalize_reward_std_target: what the standard deviation becomes.
+
+    Returns:
+        ``[*, T]``, zero where invalid.
+
+    Examples:
+        >>> reward, valid = torch.tensor([1.0, 2.0, 3.0, 99.0]), torch.tensor([True, True, True, False])
+        >>> normalize_reward(reward, valid, normalize_reward_mean=True, normalize_reward_std=True).tolist()
+        [-1.0, 0.0, 1.0, 0.0]
+    """
+    mean, std = masked_moments(reward, valid)
+    if normalize_reward_mean:
+        reward = reward - mean
+    if normalize_reward_std:
+        factor = normalize_reward_std_target / (std + normalize_reward_eps)
+        reward = reward * torch.where(valid.sum(-1, keepdim=True) > 1, factor, 1.0)
+    return torch.where(valid, reward, 0.0)
+
+
+def episode_discount(
+    terminated: torch.Tensor,
+    truncated: torch.Tensor,
+    *,
+    gamma: float | torch.Tensor = 0.99,
+    gamma_terminal: float = 0.0,
+    gamma_truncated: float | None = None,
+) -> torch.Tensor:
+    """Computes what the next value counts for, by how the step ends; ``terminated`` wins where both are set.
+
+    Args:
+        terminated: bool ``[*]``, the step terminates an episode.
+        truncated: bool ``[*]``, a step limit cuts the episode.
+        gamma: discount of a step that ends nothing.
+        gamma_terminal: discount over a termination.
+        gamma_truncated: discount over a truncation; ``gamma`` by default.
+
+    Returns:
+        ``[*]``.
+
+    Examples:
+        >>> ends = torch.eye(3, dtype=torch.bool)
+        >>> episode_discount(ends[0], ends[1], gamma=0.5, gamma_truncated=0.25).tolist()
+        [0.0, 0.25, 0.5]
+    """
+    running = gamma if isinstance(gamma, torch.Tensor) else torch.tensor(gamma, device=terminated.device)
+    discount = running if gamma_truncated is None else torch.where(truncated, gamma_truncated, running)
+    return torch.where(terminated, gamma_terminal, discount)
+
+
+def td_target(
+    reward: torch.Tensor, next_value: torch.Tensor, discount: torch.Tensor, *, scale: float = 1.0, shift: float = 0.0
 ) -> torch.Tensor:
     """Computes the one-step target ``scale * r + shift + discount * V(s')``.
 
@@ -87,6 +177,47 @@ def conservative_penalty(action_value: torch.Tensor, chosen_action_value: torch.
         1.3863
     """
     return action_value.logsumexp(-1) - chosen_action_value
+
+
+class DQNCosts(NamedTuple):
+    """The taken action's value, its squared error, the penalty to be added, and the plain penalty; all ``[*]``."""
+
+    chosen_action_value: torch.Tensor
+    dqn: torch.Tensor
+    cql: torch.Tensor
+    cql_penalty: torch.Tensor
+
+
+def dqn_costs(
+    action_value: torch.Tensor,
+    action: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    cql_weight: float = 0.0,
+    cql_scale_q: bool = True,
+    cql_scale_q_eps: float = 1.0,
+) -> DQNCosts:
+    """Computes ``(Q(s, a) - y)^2`` and ``cql_weight * (|y| + cql_scale_q_eps) * (logsumexp_a Q(s, a) - Q(s, a))``.
+
+    Args:
+        action_value: ``[*, A]``.
+        action: int64 ``[*]``, the action in the data.
+        target: ``[*]``, the target ``y`` of :func:`td_target`, without gradient.
+        cql_weight: weight of the conservative penalty.
+        cql_scale_q: scale the penalty with ``|y| + cql_scale_q_eps`` (MOUSE), or leave it plain.
+        cql_scale_q_eps: the penalty's factor where ``y`` is zero.
+
+    Examples:
+        >>> costs = dqn_costs(torch.zeros(1, 4), torch.tensor([2]), torch.tensor([-3.0]), cql_weight=0.5)
+        >>> costs.dqn.item(), round(costs.cql.item(), 4)  # 0.5 (3 + 1) log 4
+        (9.0, 2.7726)
+    """
+    chosen = action_value.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+    penalty = conservative_penalty(action_value, chosen)
+    cql = cql_weight * penalty
+    if cql_scale_q:
+        cql = cql * (target.abs() + cql_scale_q_eps)
+    return DQNCosts(chosen, (chosen - target).square(), cql, penalty)
 
 
 def rope_rotate(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
@@ -144,6 +275,97 @@ def _rotate_quarter(x: torch.Tensor) -> torch.Tensor:
     return torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
 
 
+def greedy_vector(vectors: torch.Tensor) -> torch.Tensor:
+    """Returns the vector ``[*, V]`` of the action with the highest of :func:`vec_dqn_scores`.
+
+    Args:
+        vectors: ``[*, A, V]``, ``V`` even.
+
+    Examples:
+        >>> greedy_vector(torch.tensor([[1.0, 0.0], [0.0, 3.0]])).tolist()
+        [0.0, 3.0]
+    """
+    return _vector_of(vectors, vec_dqn_scores(vectors).argmax(-1))
+
+
+def _vector_of(vectors: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+    return vectors.take_along_dim(action[..., None, None], -2).squeeze(-2)
+
+
+def vec_dqn_cost(
+    vectors: torch.Tensor, action: torch.Tensor, next_vector: torch.Tensor, theta: torch.Tensor
+) -> torch.Tensor:
+    """Computes ``1 - cosine`` between the taken action's vector and the next one, turned by the reward.
+
+    Turning by the reward is to vectors what adding it is to values: an action's vector should point as far ahead of the
+    next one as its reward says.
+
+    Args:
+        vectors: ``[*, A, V]``, ``V`` even.
+        action: int64 ``[*]``, the action in the data.
+        next_vector: ``[*, V]``, the target's :func:`greedy_vector` of the next state; used without gradient.
+        theta: ``[*]``, radians: ``reward_scale * r + reward_shift``.
+
+    Returns:
+        ``[*]`` in [0, 2]; 1 where a vector is zero and so has no direction.
+
+    Examples:
+        >>> vectors, following = torch.tensor([[9.0, 9.0], [0.0, 2.0]]), torch.tensor([3.0, 0.0])
+        >>> round(vec_dqn_cost(vectors, torch.tensor(1), following, torch.tensor(torch.pi / 2)).item(), 4)
+        0.0
+    """
+    turned = rope_rotate(next_vector, theta).detach()
+    return 1 - F.cosine_similarity(_vector_of(vectors, action), turned, dim=-1)
+
+
+class _Policy(NamedTuple):
+    """Probabilities and their logarithms ``[*, A]``; both zero in the slots of actions that a task does not have."""
+
+    probability: torch.Tensor
+    log_probability: torch.Tensor
+
+
+def _policy(log_probability: torch.Tensor, valid: torch.Tensor) -> _Policy:
+    return _Policy(log_probability.exp().masked_fill(~valid, 0.0), log_probability.masked_fill(~valid, 0.0))
+
+
+def _masked_log_softmax(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    # Not -inf: a row without any valid entry would be NaN, and so would its gradient.
+    return F.log_softmax(logits.masked_fill(~valid, torch.finfo(logits.dtype).min), -1)
+
+
+def _student(logits: torch.Tensor, q_star: torch.Tensor) -> _Policy:
+    valid = q_star.isfinite()
+    return _policy(_masked_log_softmax(logits, valid), valid)
+
+
+def _teacher(q_star: torch.Tensor, temperature: float, label_smoothing: float) -> _Policy:
+    valid = q_star.isfinite()
+    log_probability = _masked_log_softmax(q_star.detach().masked_fill(~valid, 0.0) / temperature, valid)
+    # In logarithms, as a sharp teacher's smallest probabilities are zero in floating point.
+    kept = log_probability + math.log1p(-label_smoothing)
+    return _policy(torch.logaddexp(kept, (label_smoothing * _share(valid)).to(kept.dtype).log()), valid)
+
+
+def _share(chosen: torch.Tensor) -> torch.Tensor:
+    """Returns equal parts for what is chosen; zero for each where nothing is."""
+    return chosen / chosen.sum(-1, keepdim=True).clamp_min(1)
+
+
+def _cross_entropy(of: _Policy, under: _Policy) -> torch.Tensor:
+    return -(of.probability * under.log_probability).sum(-1)
+
+
+def _kl(of: _Policy, under: _Policy) -> torch.Tensor:
+    return (of.probability * (of.log_probability - under.log_probability)).sum(-1)
+
+
+def _js(one: _Policy, other: _Policy) -> torch.Tensor:
+    middle = torch.logaddexp(one.log_probability, other.log_probability) - math.log(2)
+    mixture = _Policy((one.probability + other.probability) / 2, middle)
+    return (_kl(one, mixture) + _kl(other, mixture)) / 2
+
+
 def teacher_cross_entropy(logits: torch.Tensor, q_star: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Computes the cross-entropy of the student's logits with the teacher's best action.
 
@@ -164,16 +386,63 @@ def teacher_cross_entropy(logits: torch.Tensor, q_star: torch.Tensor, label_smoo
         0.6931
     """
     valid = q_star.isfinite()
-    taught = valid.any(-1)
-    # A row without a teacher would be all -inf: its log-softmax and, worse, its gradient would be NaN.
-    valid = valid | ~taught.unsqueeze(-1)
-    log_probability = F.log_softmax(logits.masked_fill(~valid, float("-inf")), -1)
-    log_probability = log_probability.masked_fill(~valid, 0.0)
-    score = q_star.masked_fill(~q_star.isfinite(), float("-inf"))
-    best = score == score.amax(-1, keepdim=True)
+    score = q_star.masked_fill(~valid, float("-inf"))
+    best = valid & (score == score.amax(-1, keepdim=True))
     label = (1 - label_smoothing) * _share(best) + label_smoothing * _share(valid)
-    return torch.where(taught, -(label * log_probability).sum(-1), 0.0)
+    return -(label * _student(logits, q_star).log_probability).sum(-1)
 
 
-def _share(chosen: torch.Tensor) -> torch.Tensor:
-    return chosen / chosen.sum(-1, keepdim=True)
+def _soft(cost: Callable[[_Policy, _Policy], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Turns a cost of the teacher's and the student's policies into one of their values and logits."""
+
+    def loss(
+        logits: torch.Tensor, q_star: torch.Tensor, *, temperature: float = 1.0, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
+        return cost(_teacher(q_star, temperature, label_smoothing), _student(logits, q_star))
+
+    return loss
+
+
+SP_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
+    "ce": lambda logits, q_star, *, temperature=1.0, label_smoothing=0.0: teacher_cross_entropy(
+        logits, q_star, label_smoothing
+    ),
+    "ce-soft-fwd": _soft(_cross_entropy),
+    "ce-soft-bwd": _soft(lambda teacher, student: _cross_entropy(student, teacher)),
+    "kl-fwd": _soft(_kl),
+    "kl-bwd": _soft(lambda teacher, student: _kl(student, teacher)),
+    "js": _soft(_js),
+}
+"""How far a student's policy ``Q = softmax(logits)`` is from a teacher's ``P = softmax(q_star / temperature)``.
+
+Each is called as ``loss(logits, q_star, temperature=1.0, label_smoothing=0.0)`` on ``[*, A]`` and returns ``[*]``.
+``P`` is smoothed to ``(1 - s) P + s / A``, with ``s`` the ``label_smoothing``, ``A`` the number of actions that the
+task has. In every variant the slots where ``q_star`` is not finite get no probability on either side, and a step
+without any finite value costs nothing.
+
+- ``ce``: :func:`teacher_cross_entropy` with the best action, whatever the temperature.
+- ``ce-soft-fwd``, ``ce-soft-bwd``: ``-sum P log Q`` and ``-sum Q log P``.
+- ``kl-fwd``, ``kl-bwd``: ``KL(P || Q)`` and ``KL(Q || P)``.
+- ``js``: the mean of ``KL(P || M)`` and ``KL(Q || M)``, ``M`` the mean of ``P`` and ``Q``.
+"""
+
+
+def _value_loss(cost: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    def loss(values: torch.Tensor, q_star: torch.Tensor) -> torch.Tensor:
+        valid = q_star.isfinite()
+        # Padding is replaced before it is subtracted: its error would be infinite, and its gradient NaN.
+        error = values - q_star.detach().masked_fill(~valid, 0.0)
+        return (_share(valid) * cost(error)).sum(-1)
+
+    return loss
+
+
+SV_LOSSES: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "mse": _value_loss(torch.square),
+    "mae": _value_loss(torch.abs),
+}
+"""The mean squared or absolute error of a head's values with a teacher's.
+
+Each is called as ``loss(values, q_star)`` on ``[*, A]`` and returns ``[*]``.
+The mean is over the actions for which the teacher's value is finite; a step without any costs nothing.
+"""

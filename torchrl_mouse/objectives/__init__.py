@@ -2,6 +2,14 @@
 
 from torchrl_mouse.objectives.common import CombinedLoss, InContextLoss
 from torchrl_mouse.objectives.dqn import MouseDQNLoss
-from torchrl_mouse.objectives.supervised import SupervisedPolicyLoss
+from torchrl_mouse.objectives.supervised import SupervisedPolicyLoss, SupervisedValueLoss
+from torchrl_mouse.objectives.vec_dqn import VecDQNLoss
 
-__all__ = ["CombinedLoss", "InContextLoss", "MouseDQNLoss", "SupervisedPolicyLoss"]
+__all__ = [
+    "CombinedLoss",
+    "InContextLoss",
+    "MouseDQNLoss",
+    "SupervisedPolicyLoss",
+    "SupervisedValueLoss",
+    "VecDQNLoss",
+]

@@ -47,6 +47,7 @@ class InContextLoss(LossModule):
 
     tensor_keys: Any
     default_keys: Any = _AcceptedKeys
+    output_ndim = 1  # dimensions of the head's output at a step
     head: TensorDictModule
     head_params: TensorDictParams
     target_head_params: TensorDictParams
@@ -103,6 +104,17 @@ class InContextLoss(LossModule):
             self.head(steps)
         return steps
 
+    def _output(self, steps: TensorDictBase) -> torch.Tensor:
+        """Returns the head's output, in float32 at least: sums of a narrower type lose what losses are about."""
+        output: torch.Tensor = steps.get(self.head.out_keys[0])
+        if output.ndim != steps.ndim + self.output_ndim:
+            shape = ["A", "A, V"][self.output_ndim - 1]
+            raise ValueError(
+                f"{type(self).__name__}: the head must write [*, T, {shape}], got {tuple(output.shape)} for steps "
+                f"{tuple(steps.shape)}. Take the head that the loss is for."
+            )
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+
     def _decisions(self, steps: TensorDictBase) -> torch.Tensor:
         keys = self.tensor_keys
         return schema.decision_mask(steps, terminated=keys.terminated, truncated=keys.truncated)
@@ -126,9 +138,10 @@ class CombinedLoss(LossModule):
     """Runs a trunk once and several losses on it.
 
     TorchRL's own losses (PPO, SAC, ...) ride on it with networks that read ``hidden``. They evaluate what comes next in
-    its own place, so for them the trunk runs over one frame more, the last step's next one, and ``("next", "hidden")``
-    holds the hidden states shifted by one: the next frame, seen after all that came before it. Gradients flow through
-    both.
+    its own place, so for them the trunk runs over one frame more, the last step's next one (which has to fit the
+    backbone's positions too), and ``("next", "hidden")`` holds the hidden states shifted by one: the next frame, seen
+    after all that came before it. Gradients flow through both. An actor that climbs an action value, as in SAC, should
+    not move the trunk: it would learn to flatter the values (Yarats et al. 2021, arXiv:1910.01741).
 
     .. note:: Where a task ends inside a window, ``("next", "hidden")`` is that of the next task's first frame. Losses
         do not bootstrap from it where ``("next", "terminated")`` is set; where a task was cut by a limit, point them to
@@ -211,10 +224,12 @@ class CombinedLoss(LossModule):
             steps.set(schema.HIDDEN, hidden[..., :-1, :]).set(("next", schema.HIDDEN), hidden[..., 1:, :])
         out: dict[str, torch.Tensor] = {}
         for name, loss in self.losses.items():
-            for key, value in loss(steps).items():
+            own = steps.copy()  # What a loss leaves in its input is not the next one's.
+            for key, value in loss(own).items():
                 out[key] = value * self.weights[name] if key.startswith("loss") else value
-            if (priority := getattr(loss.tensor_keys, "priority", None)) is not None:
-                tensordict.set(priority, steps.get(priority))
+            priority = getattr(loss.tensor_keys, "priority", None)
+            if priority is not None and (error := own.get(priority, None)) is not None:
+                tensordict.set(priority, error)
         return TensorDict(out)
 
     def _with_next_frame(self, steps: TensorDictBase) -> TensorDictBase:
@@ -222,6 +237,9 @@ class CombinedLoss(LossModule):
         if steps.ndim == 0:
             raise ValueError("CombinedLoss: steps must be [*, T], got no time dimension.")
         read = [key for key in self.trunk.in_keys if key not in (schema.STREAM, schema.IS_INIT)]
+        for key in read:
+            schema.require(steps, key)
+            schema.require(steps, ("next", *(key if isinstance(key, tuple) else (key,))))
         last = steps.get("next").select(*read)[..., -1:]
         frames: TensorDictBase = torch.cat([steps.select(*read), last], -1)
         is_init = schema.require(steps, schema.IS_INIT, "bool")

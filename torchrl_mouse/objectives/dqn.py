@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict.nn import TensorDictModule, dispatch
 
-from torchrl_mouse import schema
-from torchrl_mouse.functional import conservative_penalty, td_target
-from torchrl_mouse.objectives.common import InContextLoss
-
-if TYPE_CHECKING:
-    from tensordict.utils import NestedKey
+from torchrl_mouse.functional import dqn_costs, episode_discount, masked_moments, td_target
+from torchrl_mouse.objectives.bootstrap import BootstrappingLoss
 
 
-class MouseDQNLoss(InContextLoss):
+class MouseDQNLoss(BootstrappingLoss):
     """The in-context DQN loss with CQL, over whole windows of experience.
 
     .. code-block:: text
@@ -39,17 +34,14 @@ class MouseDQNLoss(InContextLoss):
 
     Args:
         head: reads ``hidden`` and writes action values ``[*, A]`` as its only output.
-        trunk: writes ``hidden``; ``None`` where the input holds it already.
         gamma: discount per step, in [0, 1].
         gamma_terminal: discount over an episode's termination, in [0, 1].
         gamma_truncated: discount over an episode's truncation, in [0, 1]; ``gamma`` by default.
-        reward_scale: factor of the reward.
-        reward_shift: added to the scaled reward.
         cql_weight: weight of the conservative penalty, at least 0.
         cql_scale_q: scale the penalty of a step with ``|y| + cql_scale_q_eps`` (MOUSE), or leave it plain.
         cql_scale_q_eps: the penalty's factor where ``y`` is zero.
-        delay_value: use a target head.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        options: ``trunk``, ``delay_value``, ``reduction``, ``reward_scale``, ``reward_shift`` and MOUSE's normalisation
+            of the reward, see :class:`~torchrl_mouse.objectives.bootstrap.BootstrappingLoss`.
 
     Raises:
         ValueError: an option is out of range.
@@ -65,35 +57,31 @@ class MouseDQNLoss(InContextLoss):
         torch.Size([])
     """
 
-    @dataclass
-    class _AcceptedKeys(InContextLoss._AcceptedKeys):
-        action: NestedKey = schema.ACTION
-        reward: NestedKey = "reward"
-        done: NestedKey = "done"
-        is_init: NestedKey = schema.IS_INIT
-        priority: NestedKey = "td_error"
-
-    default_keys = _AcceptedKeys
-    out_keys = ["loss_dqn", "loss_cql", "q_values_mean", "q_values_target"]  # noqa: RUF012 - TorchRL's contract
+    out_keys = [  # noqa: RUF012 - TorchRL's contract
+        "loss_dqn",
+        "loss_cql",
+        "q_values_mean",
+        "q_values_std",
+        "q_values_min",
+        "q_values_max",
+        "q_values_target",
+        "cql_penalty",
+    ]
     _schedulable_buffers = frozenset({"gamma"})
 
     def __init__(
         self,
         head: TensorDictModule,
         *,
-        trunk: TensorDictModuleBase | None = None,
         gamma: float = 0.99,
         gamma_terminal: float = 0.0,
         gamma_truncated: float | None = None,
-        reward_scale: float = 1.0,
-        reward_shift: float = 0.0,
         cql_weight: float = 0.0,
         cql_scale_q: bool = True,
         cql_scale_q_eps: float = 1.0,
-        delay_value: bool = True,
-        reduction: str = "mean",
+        **options: Any,
     ) -> None:
-        super().__init__(head, trunk=trunk, delay_value=delay_value, reduction=reduction)
+        super().__init__(head, **options)
         for name, value in (("gamma", gamma), ("gamma_terminal", gamma_terminal), ("gamma_truncated", gamma_truncated)):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"MouseDQNLoss: {name} must lie in [0, 1], got {value}.")
@@ -102,16 +90,9 @@ class MouseDQNLoss(InContextLoss):
         self.register_buffer("gamma", torch.tensor(gamma))
         self.gamma_terminal = gamma_terminal
         self.gamma_truncated = gamma_truncated
-        self.reward_scale = reward_scale
-        self.reward_shift = reward_shift
         self.cql_weight = cql_weight
         self.cql_scale_q = cql_scale_q
         self.cql_scale_q_eps = cql_scale_q_eps
-
-    def _loss_keys(self) -> list[NestedKey]:
-        keys = self.tensor_keys
-        following = [("next", key) for key in (keys.reward, keys.done, keys.terminated, keys.truncated)]
-        return [keys.is_init, keys.terminated, keys.truncated, keys.action, *following]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -121,8 +102,9 @@ class MouseDQNLoss(InContextLoss):
             tensordict: steps ``[*, T]``.
 
         Returns:
-            ``loss_dqn``, ``loss_cql`` and, without gradient, the means over valid steps of the taken actions' values
-            (``q_values_mean``) and of their targets (``q_values_target``).
+            ``loss_dqn``, ``loss_cql`` and, without gradient and over valid steps, the taken actions' values
+            (``q_values_mean``, ``_std``, ``_min``, ``_max``), the means of their targets (``q_values_target``) and of
+            the plain penalty (``cql_penalty``).
 
         Raises:
             KeyError: an entry is missing.
@@ -130,72 +112,59 @@ class MouseDQNLoss(InContextLoss):
             ValueError: an action is out of range, or the steps have no time dimension.
         """
         steps = self._predict(tensordict)
-        value_key = self.head.out_keys[0]
-        action_value = steps.get(value_key)  # (*, T, A)
-        with torch.no_grad(), self.target_head_params.to_module(self.head, preserve_module_state=False):
-            target = steps.select(*self.head.in_keys)
-            state_value = self.head(target).get(value_key).amax(-1)  # (*, T)
-        discount, next_value, valid = self._bootstrap(steps, state_value)
-
-        num_actions = action_value.shape[-1]
-        action = schema.to_ids(schema.require(steps, self.tensor_keys.action), num_actions, steps.ndim, "action")
-        action = action.masked_fill(~valid, 0)
-        schema.check_ids(action, num_actions, self.tensor_keys.action)
-        chosen = action_value.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        reward = self._next(steps, self.tensor_keys.reward).to(chosen.dtype)
+        action_value = self._output(steps)  # (*, T, A)
+        discount, next_value, valid = self._bootstrap(steps, self._target_output(steps).amax(-1))
+        action = self._actions(steps, action_value.shape[-1], valid)
+        reward = self._rewards(steps, valid).to(action_value.dtype)
         y = td_target(reward, next_value, discount, scale=self.reward_scale, shift=self.reward_shift)
-        y = y.masked_fill(~valid, 0.0)  # Garbage there would turn gradients to NaN, though it costs nothing.
-
-        penalty = self.cql_weight * conservative_penalty(action_value, chosen)
-        if self.cql_scale_q:
-            penalty = penalty * (y.abs() + self.cql_scale_q_eps)
-        error = chosen - y
-        td_error = torch.where(valid, error.detach().abs(), 0.0)
-        tensordict.set(self.tensor_keys.priority, td_error.unsqueeze(-1))
-        count = valid.sum().clamp_min(1)
-        return TensorDict(
-            {
-                "loss_dqn": self._reduce(error.square(), valid, tensordict),
-                "loss_cql": self._reduce(penalty, valid, tensordict),
-                "q_values_mean": torch.where(valid, chosen.detach(), 0.0).sum() / count,
-                "q_values_target": torch.where(valid, y, 0.0).sum() / count,
-            }
+        costs = dqn_costs(
+            action_value,
+            action,
+            y,
+            cql_weight=self.cql_weight,
+            cql_scale_q=self.cql_scale_q,
+            cql_scale_q_eps=self.cql_scale_q_eps,
         )
-
-    @staticmethod
-    def _next(steps: TensorDictBase, key: NestedKey, kind: Literal["bool"] | None = None) -> torch.Tensor:
-        path = ("next", *key) if isinstance(key, tuple) else ("next", key)
-        return schema.require(steps, path, kind).reshape(steps.shape)
+        self._write_priority(tensordict, (costs.chosen_action_value - y).abs(), valid)
+        losses = {
+            "loss_dqn": self._reduce(costs.dqn, valid, tensordict),
+            "loss_cql": self._reduce(costs.cql, valid, tensordict),
+        }
+        return TensorDict({**losses, **_metrics(costs.chosen_action_value, y, costs.cql_penalty, valid)})
 
     def _bootstrap(
         self, steps: TensorDictBase, state_value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns the discounts, the values they apply to, and which steps have both; all ``[*, T]``."""
-        keys = self.tensor_keys
-        ends = (keys.done, keys.terminated, keys.truncated)
-        done, terminated, truncated = (self._next(steps, key, "bool") for key in ends)
-        truncated = truncated & ~terminated
+        done, terminated, truncated = self._ends(steps)
         gamma: Any = self.gamma
-        discount = torch.where(terminated, self.gamma_terminal, gamma)
-        if self.gamma_truncated is not None:
-            discount = torch.where(truncated, self.gamma_truncated, discount)
+        discount = episode_discount(
+            terminated,
+            truncated,
+            gamma=gamma,
+            gamma_terminal=self.gamma_terminal,
+            gamma_truncated=self.gamma_truncated,
+        )
         discount = discount.to(state_value.dtype).masked_fill(done, 0.0)
-
-        is_init = schema.require(steps, keys.is_init, "bool").reshape(steps.shape)
-        next_value, inside = _ahead(state_value, is_init, 1)
-        if self.gamma_terminal > 0:
-            # Returns span episodes: play goes on after the terminal frame, at which nothing is decided.
-            ended = terminated | truncated
-            beyond, inside_beyond = _ahead(state_value, is_init, 2)
-            next_value, inside = torch.where(ended, beyond, next_value), torch.where(ended, inside_beyond, inside)
-        known = inside | (discount == 0)
-        return discount, next_value, self._decisions(steps) & known
+        # Where returns span episodes, play goes on after the terminal frame, at which nothing is decided.
+        beyond = (terminated | truncated) & (self.gamma_terminal > 0)
+        next_value, inside = self._ahead(state_value, steps, beyond)
+        valid = self._decisions(steps) & (inside | (discount == 0))
+        return discount.masked_fill(~valid, 0.0), next_value, valid
 
 
-def _ahead(value: torch.Tensor, is_init: torch.Tensor, by: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the value ``by`` steps on, and whether that step lies in the window and in the same task."""
-    num = value.shape[-1]
-    at = (torch.arange(num, device=value.device) + by).clamp(max=num - 1)
-    task = is_init.cumsum(-1)
-    inside = (task[..., at] - task == 0) & (torch.arange(num, device=value.device) + by < num)
-    return value[..., at], inside
+@torch.no_grad()
+def _metrics(
+    chosen: torch.Tensor, target: torch.Tensor, penalty: torch.Tensor, valid: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    chosen, target, penalty, valid = (entry.flatten() for entry in (chosen, target, penalty, valid))
+    mean, std = masked_moments(chosen, valid)
+    metrics = {
+        "q_values_mean": mean,
+        "q_values_std": std,
+        "q_values_min": chosen.masked_fill(~valid, torch.inf).amin(0, keepdim=True),
+        "q_values_max": chosen.masked_fill(~valid, -torch.inf).amax(0, keepdim=True),
+        "q_values_target": masked_moments(target, valid)[0],
+        "cql_penalty": masked_moments(penalty, valid)[0],
+    }
+    return {name: torch.where(valid.any(), value.squeeze(0), 0.0) for name, value in metrics.items()}
