@@ -14,10 +14,12 @@ from tensordict import TensorDict
 from torchrl.data import Categorical, OneHot
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import SoftUpdate
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchrl_mouse import checkpoints, schema
+from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
 from torchrl_mouse.functional import vec_dqn_scores
-from torchrl_mouse.models import MouseConfig, MouseModel
+from torchrl_mouse.models import MouseConfig, MouseModel, init_from_pretrained_backbone
 from torchrl_mouse.objectives import MouseDQNLoss
 from torchrl_mouse.schema import from_mouse_records
 
@@ -665,3 +667,70 @@ def test_bad_options_of_the_trunk():
         MouseConfig(**TINY, trunk_kwargs={"keys": ["action"]})
     with pytest.raises(TypeError, match="trunk_kwargs: unknown option 'overflw'"):
         make_model(trunk_kwargs={"overflw": "error"})
+
+
+# Other people's decoder layers, and an environment's sizes
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    config = LlamaConfig(vocab_size=10, num_key_value_heads=2, rope_parameters=rope, **sizes)
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path / "language model", max_shard_size="5KB")
+    assert len(list((tmp_path / "language model").glob("*.safetensors"))) > 2
+    return model, tmp_path / "language model"
+
+
+@pytest.mark.parametrize("num_layers", [None, 2])
+@pytest.mark.parametrize("load_weights", [True, False])
+def test_a_model_around_a_language_models_layers(language_model, num_layers, load_weights):
+    theirs, folder = language_model
+    overrides = {} if num_layers is None else {"num_layers": num_layers}
+    model = init_from_pretrained_backbone(
+        folder,
+        backbone_kwargs_overrides=overrides,
+        embedding_kwargs=EMBEDDING,
+        sp_head_kwargs={"hidden_dim": 8},
+        load_weights=load_weights,
+    )
+    backbone = model.trunk.backbone
+    assert (backbone.num_layers, model.config.hidden_dim) == (num_layers or 3, 16)
+    assert backbone.model.config.rope_parameters["rope_theta"] == 500.0
+    for ours, layer in zip(backbone.model.layers, theirs.model.layers, strict=False):
+        assert torch.equal(ours.mlp.up_proj.weight, layer.mlp.up_proj.weight) == load_weights
+    assert run(model, make_steps())["sp"].shape == (2, 5, 3)
+
+
+def test_what_is_the_checkpoints_cannot_be_given(language_model):
+    with pytest.raises(TypeError, match="hidden_dim must be the checkpoint's, got it as an option"):
+        init_from_pretrained_backbone(language_model[1], hidden_dim=32)
+
+
+def test_sizes_of_an_environment():
+    env = TaskEnv(DarkRoomEnv(range(9), batch_size=2, size=3), episodes_per_task=2)
+    model = MouseModel.from_specs(env, hidden_dim=16, dqn_head_kwargs={}, embedding_kwargs={"max_num_time_steps": 21})
+    kwargs = model.config.embedding_kwargs
+    assert (kwargs["max_num_actions"], kwargs["max_num_obs_continuous"], kwargs["max_num_obs_discrete"]) == (5, 2, 9)
+    assert env.rollout(30, model.actor(env.action_spec_unbatched))["dqn"].shape == (2, 30, 5)
+    with pytest.raises(TypeError, match="keys must be given as keys=, got them in trunk_kwargs"):
+        MouseModel.from_specs(env, trunk_kwargs={"keys": {}})
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_the_training_forward_compiles_as_one_graph(backend):
+    model, steps = make_model(**EVERY_HEAD), make_steps()
+    keys = ["vec_dqn", "dqn", "sp", "sv"]
+
+    def forward(steps):
+        with torch.enable_grad():
+            out = model(steps)
+        return [out[key] for key in keys]
+
+    with set_recurrent_mode(True):
+        expected = forward(steps.clone())
+        out = torch.compile(forward, backend=backend, fullgraph=True)(steps.clone())
+    for ours, theirs in zip(out, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    torch._dynamo.reset()

@@ -49,9 +49,22 @@ def resolve(dotted):
     raise ModuleNotFoundError(dotted)
 
 
+# fmt: off
+MOUSE_NAMES = [
+    "StepEmbedder", "TokenType", "SwiGLUHead", "DQNHead", "VecDQNHead", "rope_rotate", "vec_dqn_scores",
+    "backbone_forward", "target_forward", "polyak_update", "get_action", "load_model", "save_model",
+    "push_model_to_hub", "init_from_pretrained_backbone", "backbone_kwargs_from_pretrained", "dqn_loss",
+    "DqnLossConfig", "vec_dqn_loss", "sp_loss", "sv_loss", "DatasetStore", "from_dataset", "append", "to_dataset",
+    "clear", "merge_stores_to_dataset", "encode_hf_rows", "push_to_hub", "push_stores_to_hub", "PrefetchBatchifier",
+    "next_batch", "TokenAugmenter", "AugmentTokensConfig", "AugmentScalarSpec", "AugmentMaskProbConfig",
+]
+# fmt: on
+
+
 def test_names_that_a_user_of_mouse_is_led_to_exist():
     (table,) = re.findall(r"\| MOUSE \| here \|\n(.*?)\n\n", README, re.DOTALL)
-    names = re.findall(r"`(torchrl[\w.]+)`", table)
-    assert len(names) > 18
+    names = re.findall(r"`((?:torchrl|datasets)[\w.]+)`", table)
     for name in names:
         assert resolve(name) is not None
+    theirs = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert set(MOUSE_NAMES) <= theirs
