@@ -139,6 +139,8 @@ def errors(targets, chosen=CHOSEN):
         ({}, [0.5 + 10, 1.0, None, -1 + 25, None, 2.0, 0.25 + 40, None]),
         ({"gamma_truncated": 0.1}, [0.5 + 10, 1.0, None, -1 + 5, None, 2.0, 0.25 + 40, None]),
         ({"gamma_truncated": 0.0}, [0.5 + 10, 1.0, None, -1.0, None, 2.0, 0.25 + 40, None]),
+        # The online head likes action 1 best everywhere.
+        ({"double_dqn": True}, [0.5 + 0, 1.0, None, -1 + 2.5, None, 2.0, 0.25 + 4, None]),
         # Returns span episodes: both ends go on at the next episode's first frame.
         ({"gamma_terminal": 0.25}, [0.5 + 10, 1 + 10, None, -1 + 30, None, 2.0, 0.25 + 40, None]),
         (

@@ -40,6 +40,8 @@ class MouseDQNLoss(BootstrappingLoss):
         cql_weight: weight of the conservative penalty, at least 0.
         cql_scale_q: scale the penalty of a step with ``|y| + cql_scale_q_eps`` (MOUSE), or leave it plain.
         cql_scale_q_eps: the penalty's factor where ``y`` is zero.
+        double_dqn: the online head chooses the next action, which the target head values: it then overestimates less
+            (van Hasselt et al. 2016, arXiv:1509.06461).
         options: ``trunk``, ``delay_value``, ``reduction``, ``reward_scale``, ``reward_shift`` and MOUSE's normalisation
             of the reward, see :class:`~torchrl_mouse.objectives.bootstrap.BootstrappingLoss`.
 
@@ -79,6 +81,7 @@ class MouseDQNLoss(BootstrappingLoss):
         cql_weight: float = 0.0,
         cql_scale_q: bool = True,
         cql_scale_q_eps: float = 1.0,
+        double_dqn: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(head, **options)
@@ -93,6 +96,7 @@ class MouseDQNLoss(BootstrappingLoss):
         self.cql_weight = cql_weight
         self.cql_scale_q = cql_scale_q
         self.cql_scale_q_eps = cql_scale_q_eps
+        self.double_dqn = double_dqn
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -113,7 +117,9 @@ class MouseDQNLoss(BootstrappingLoss):
         """
         steps = self._predict(tensordict)
         action_value = self._output(steps)  # (*, T, A)
-        discount, next_value, valid = self._bootstrap(steps, self._target_output(steps).amax(-1))
+        target = self._target_output(steps)
+        best = (action_value.detach() if self.double_dqn else target).argmax(-1, keepdim=True)
+        discount, next_value, valid = self._bootstrap(steps, target.gather(-1, best).squeeze(-1))
         action = self._actions(steps, action_value.shape[-1], valid)
         reward = self._rewards(steps, valid).to(action_value.dtype)
         y = td_target(reward, next_value, discount, scale=self.reward_scale, shift=self.reward_shift)
