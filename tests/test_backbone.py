@@ -412,6 +412,11 @@ def test_unknown_options(kind, option, nearest):
         CausalBackbone(16, kind, num_layers=1, num_heads=2, **{option: 0.5})
 
 
+def test_a_typo_in_a_needed_option_is_named():
+    with pytest.raises(TypeError, match="unknown option 'num_layer'. The nearest are num_layers"):
+        CausalBackbone(16, num_layer=1, num_heads=2)
+
+
 @pytest.mark.parametrize("option", ["hidden_size", "vocab_size", "use_cache", "return_dict", "layer_types"])
 def test_options_that_are_not_the_users(option):
     with pytest.raises(TypeError, match=f"unknown option '{option}'"):

@@ -75,7 +75,8 @@ def read_checkpoint(directory: str | Path) -> tuple[Any, dict[str, torch.Tensor]
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
-            found = ", ".join(sorted(file.name for file in directory.iterdir())) if directory.is_dir() else "no folder"
+            names = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else ["no folder"]
+            found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise FileNotFoundError(
                 f"MouseModel: {directory} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got no {name} "
                 f"({found or 'empty'}). Weights are read from safetensors alone: pickled ones can run code."

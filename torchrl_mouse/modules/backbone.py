@@ -51,6 +51,15 @@ FURTHER_OPTIONS = (
 )
 """What is passed on to the configuration of `transformers`, where the family has it."""
 
+_SIZES = (
+    "num_layers",
+    "num_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "expand",
+    "intermediate_size",
+)
 _OLD_ROPE_OPTIONS = {"rope_theta", "rope_scaling"}  # as `transformers` 4 says it, and 5 converts
 
 # With these a token's turn depends on its position alone. The others ("dynamic", "longrope") look at the longest
@@ -158,6 +167,11 @@ class CausalBackbone(nn.Module):
                 "whole context: leave it out if contexts are no longer than the window."
             )
         family = FAMILIES[kind]
+        further = {entry.name for entry in dataclasses.fields(family.config)} & set(FURTHER_OPTIONS) | _OLD_ROPE_OPTIONS
+        for name in kwargs:
+            if name not in further:
+                nearest = difflib.get_close_matches(name, sorted({*further, *_SIZES}), cutoff=0.0)
+                raise TypeError(f"CausalBackbone: unknown option {name!r}. The nearest are {', '.join(nearest)}.")
         num_layers = _either(num_layers=num_layers, num_hidden_layers=num_hidden_layers)
         num_heads = _either(num_heads=num_heads, num_attention_heads=num_attention_heads)
         sizes = {"hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads}
@@ -214,11 +228,6 @@ class CausalBackbone(nn.Module):
             "eos_token_id": None,
             "use_cache": False,
         }
-        further = {entry.name for entry in dataclasses.fields(family.config)} & set(FURTHER_OPTIONS) | _OLD_ROPE_OPTIONS
-        for name in kwargs:
-            if name not in further:
-                nearest = difflib.get_close_matches(name, sorted({*further, *sizes, *optional}), cutoff=0.0)
-                raise TypeError(f"CausalBackbone: unknown option {name!r}. The nearest are {', '.join(nearest)}.")
         epsilon, dropout = kwargs.get("rms_norm_eps", family.rms_norm_eps), kwargs.get("attention_dropout", 0.0)
         if isinstance(epsilon, int | float) and not 0 < epsilon < math.inf:
             raise ValueError(f"CausalBackbone: rms_norm_eps must be positive, got {epsilon}.")
