@@ -297,8 +297,9 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(options, match, monkeyp
     def build(*_, **__):
         pytest.fail("nothing may be built")
 
-    monkeypatch.setitem(FAMILIES, "llama", FAMILIES["llama"]._replace(config=build, model=build))
-    monkeypatch.setitem(FAMILIES, "qwen3", FAMILIES["qwen3"]._replace(config=build, model=build))
+    monkeypatch.setattr(backbone_module, "_make_config", build)
+    for family in ("llama", "qwen3"):
+        monkeypatch.setitem(FAMILIES, family, FAMILIES[family]._replace(model=build))
     with pytest.raises(ValueError, match=match):
         CausalBackbone(**{"hidden_dim": 16, "num_layers": 1, "num_heads": 2, **options})
 
@@ -413,7 +414,7 @@ def test_unknown_options(kind, option, nearest):
 
 
 def test_a_typo_in_a_needed_option_is_named():
-    with pytest.raises(TypeError, match="unknown option 'num_layer'. The nearest are num_layers"):
+    with pytest.raises(TypeError, match=r"unknown option 'num_layer'\. The nearest are num_layers"):
         CausalBackbone(16, num_layer=1, num_heads=2)
 
 

@@ -709,11 +709,12 @@ def test_what_is_the_checkpoints_cannot_be_given(language_model):
 
 
 def test_sizes_of_an_environment():
-    env = TaskEnv(DarkRoomEnv(range(9), batch_size=2, size=3), episodes_per_task=2)
+    env = TaskEnv(DarkRoomEnv(range(9), batch_size=2, size=3, seed=0), episodes_per_task=2)
     model = MouseModel.from_specs(env, hidden_dim=16, dqn_head_kwargs={}, embedding_kwargs={"max_num_time_steps": 21})
     kwargs = model.config.embedding_kwargs
     assert (kwargs["max_num_actions"], kwargs["max_num_obs_continuous"], kwargs["max_num_obs_discrete"]) == (5, 2, 9)
-    assert env.rollout(30, model.actor(env.action_spec_unbatched))["dqn"].shape == (2, 30, 5)
+    steps = env.rollout(30, model.actor(env.action_spec_unbatched), break_when_any_done=False)
+    assert steps["dqn"].shape == (2, 30, 5)
     with pytest.raises(TypeError, match="keys must be given as keys=, got them in trunk_kwargs"):
         MouseModel.from_specs(env, trunk_kwargs={"keys": {}})
 
