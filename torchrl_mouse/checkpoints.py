@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
     from huggingface_hub import CommitInfo
@@ -75,8 +75,7 @@ def read_checkpoint(directory: str | Path) -> tuple[Any, dict[str, torch.Tensor]
     directory = Path(directory)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
-            names = sorted(file.name for file in directory.iterdir()) if directory.is_dir() else ["no folder"]
-            found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            found = abbreviate(file.name for file in directory.iterdir()) if directory.is_dir() else "no folder"
             raise FileNotFoundError(
                 f"MouseModel: {directory} must hold {CONFIG_FILE} and {WEIGHTS_FILE}, got no {name} "
                 f"({found or 'empty'}). Weights are read from safetensors alone: pickled ones can run code."
@@ -104,6 +103,44 @@ def _shaping(config: Any) -> Any:
     return {k: v for k, v in config.items() if k not in ACTING} if isinstance(config, dict) else config
 
 
+def local_folder(where: str, what: str, repo_id_or_path: str | Path) -> Path | None:
+    """Returns a folder that is there, or ``None`` for what has the form of a Hub repository ``"owner/name"``.
+
+    Args:
+        where: whose argument it is, for the error.
+        what: what should be there, for the error.
+        repo_id_or_path: either of the two.
+
+    Raises:
+        FileNotFoundError: neither of the two.
+
+    Examples:
+        >>> local_folder("load_model", "the model", "owner/name") is None
+        True
+    """
+    folder = Path(repo_id_or_path)
+    if folder.is_dir():
+        return folder
+    parts = str(repo_id_or_path).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+        raise FileNotFoundError(
+            f"{where}: {what} must be in a folder or a Hub repository 'owner/name', got {str(repo_id_or_path)!r}, "
+            "where there is no folder."
+        )
+    return None
+
+
+def abbreviate(names: Iterable[str]) -> str:
+    """Lists the first names in order, and counts the rest.
+
+    Examples:
+        >>> abbreviate("jihgfedcba")
+        'a, b, c, d, e, f, g, h and 2 more'
+    """
+    names = sorted(names)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def fetch_checkpoint(
     repo_id_or_path: str | Path,
     *,
@@ -126,15 +163,8 @@ def fetch_checkpoint(
         huggingface_hub.errors.RepositoryNotFoundError: no such repository, or no right to read it.
         huggingface_hub.errors.RevisionNotFoundError: the repository has no such revision.
     """
-    folder = Path(repo_id_or_path)
-    if folder.is_dir():
+    if (folder := local_folder("MouseModel", "the model", repo_id_or_path)) is not None:
         return folder
-    parts = str(repo_id_or_path).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
-        raise FileNotFoundError(
-            "MouseModel: the model must be in a folder or a Hub repository 'owner/name', got "
-            f"{str(repo_id_or_path)!r}, where there is no folder."
-        )
     downloaded = snapshot_download(
         str(repo_id_or_path),
         revision=revision,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from torchrl_mouse.modules.backbone import CausalBackbone
+from torchrl_mouse.modules.backbone import MAX_SIZE, CausalBackbone, default_kind
 from torchrl_mouse.modules.checks import check_options, check_size
 from torchrl_mouse.modules.embedding import StepEmbedder
 from torchrl_mouse.modules.heads import DQNHead, GaussianHead, SwiGLUHead, VecDQNHead
@@ -30,7 +30,6 @@ REQUIRED = ("hidden_dim", "embedding_kwargs", "backbone_kwargs")
 IGNORED = ("obs_continuous_encoder",)
 """Options of the embedder in published configurations that MOUSE itself drops."""
 
-MAX_HIDDEN_DIM = 2**24
 MAX_WINDOW = 2**20
 
 _OF_HEADS = ("in_dim", "out_dim", "num_actions", "action_dim")  # these come from the other options
@@ -83,7 +82,7 @@ class MouseConfig:
 
     def __post_init__(self) -> None:
         check_options("MouseConfig", vars(self), MouseConfig)
-        for name, most in (("hidden_dim", MAX_HIDDEN_DIM), ("window", MAX_WINDOW)):
+        for name, most in (("hidden_dim", MAX_SIZE), ("window", MAX_WINDOW)):
             check_size("MouseConfig", name, getattr(self, name), most=most)
         for name in HEADS:
             if (kwargs := getattr(self, f"{name}_head_kwargs")) is not None:
@@ -115,7 +114,7 @@ class MouseConfig:
         if not self.backbone_kwargs:
             put("backbone_kwargs", None)
         elif "kind" not in self.backbone_kwargs:
-            kind = "qwen3" if self.backbone_kwargs.get("head_dim") is not None else "llama"
+            kind = default_kind(self.backbone_kwargs.get("head_dim"))
             put("backbone_kwargs", {"kind": kind, **self.backbone_kwargs})
         for name in HEADS:
             if (getattr(self, f"{name}_head_kwargs") or {}).get("num_layers") == 0:

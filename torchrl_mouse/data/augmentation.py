@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from tensordict.utils import unravel_key
 from torchrl.envs.transforms import Transform
 
 from torchrl_mouse import schema
@@ -34,8 +35,7 @@ def _check_width(place: NestedKey, value: torch.Tensor, width: int) -> None:
 
 
 def _root_and_next(key: NestedKey) -> tuple[NestedKey, NestedKey]:
-    path = key if isinstance(key, tuple) else (key,)
-    return path, ("next", *path)
+    return key, unravel_key(("next", key))
 
 
 class JitterObservation(_WindowTransform):

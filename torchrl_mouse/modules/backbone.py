@@ -51,25 +51,14 @@ FURTHER_OPTIONS = (
 )
 """What is passed on to the configuration of `transformers`, where the family has it."""
 
-_SIZES = (
-    "num_layers",
-    "num_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "expand",
-    "intermediate_size",
-)
 _OLD_ROPE_OPTIONS = {"rope_theta", "rope_scaling"}  # as `transformers` 4 says it, and 5 converts
 
 # With these a token's turn depends on its position alone. The others ("dynamic", "longrope") look at the longest
 # context in the batch: a step's output would depend on other rows, and on how far its own context went later.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
-MAX_SIZE, MAX_LAYERS, MAX_PARAMETERS = 2**24, 2**12, 10**11
-MAX_HEAD_DIM = 2**14
+MAX_SIZE, MAX_HEAD_DIM, MAX_LAYERS, MAX_PARAMETERS = 2**24, 2**14, 2**12, 10**11
 """What a configuration from a stranger may ask for, before any memory is taken."""
-
 
 # Not cuDNN's, which has numerical issues (MOUSE switches it off everywhere).
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -95,6 +84,16 @@ class _RowCache(Cache):
         pool[rows, layer, :, self._positions] = states.transpose(1, 2).to(pool.dtype)  # (B, L, H, hd)
         context = pool[:, layer] if self._kv.rows is None else pool[self._kv.rows, layer]
         return context.to(states.dtype)
+
+
+def default_kind(head_dim: int | None) -> BackboneKind:
+    """Returns the family of a configuration that does not say it, as MOUSE reads it.
+
+    Examples:
+        >>> default_kind(None), default_kind(64)
+        ('llama', 'qwen3')
+    """
+    return "llama" if head_dim is None else "qwen3"
 
 
 class CausalBackbone(nn.Module):
@@ -157,8 +156,7 @@ class CausalBackbone(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        if kind is None:
-            kind = "llama" if head_dim is None else "qwen3"
+        kind = default_kind(head_dim) if kind is None else kind
         if not isinstance(kind, str) or kind not in FAMILIES:
             raise ValueError(f"CausalBackbone: kind must be one of {', '.join(FAMILIES)}, got {kind!r}.")
         if use_sliding_window:
@@ -167,14 +165,6 @@ class CausalBackbone(nn.Module):
                 "whole context: leave it out if contexts are no longer than the window."
             )
         family = FAMILIES[kind]
-        further = {entry.name for entry in dataclasses.fields(family.config)} & set(FURTHER_OPTIONS) | _OLD_ROPE_OPTIONS
-        for name in kwargs:
-            if name not in further:
-                nearest = difflib.get_close_matches(name, sorted({*further, *_SIZES}), cutoff=0.0)
-                raise TypeError(f"CausalBackbone: unknown option {name!r}. The nearest are {', '.join(nearest)}.")
-        num_layers = _either(num_layers=num_layers, num_hidden_layers=num_hidden_layers)
-        num_heads = _either(num_heads=num_heads, num_attention_heads=num_attention_heads)
-        sizes = {"hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads}
         optional = {
             "num_key_value_heads": num_key_value_heads,
             "head_dim": head_dim,
@@ -182,6 +172,16 @@ class CausalBackbone(nn.Module):
             "expand": expand,
             "intermediate_size": intermediate_size,
         }
+        further = {entry.name for entry in dataclasses.fields(family.config)} & set(FURTHER_OPTIONS) | _OLD_ROPE_OPTIONS
+        for name in kwargs:
+            if name not in further:
+                nearest = difflib.get_close_matches(
+                    name, sorted({*further, "num_layers", "num_heads", *optional}), cutoff=0.0
+                )
+                raise TypeError(f"CausalBackbone: unknown option {name!r}. The nearest are {', '.join(nearest)}.")
+        num_layers = _either(num_layers=num_layers, num_hidden_layers=num_hidden_layers)
+        num_heads = _either(num_heads=num_heads, num_attention_heads=num_attention_heads)
+        sizes = {"hidden_dim": hidden_dim, "num_layers": num_layers, "num_heads": num_heads}
         for name, value in (sizes | {name: size for name, size in optional.items() if size is not None}).items():
             most = {"num_layers": MAX_LAYERS, "head_dim": MAX_HEAD_DIM}.get(name, MAX_SIZE)
             check_size("CausalBackbone", name, value, most=most)

@@ -17,14 +17,13 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from torchrl_mouse.checkpoints import CONFIG_FILE, WEIGHTS_FILE, abbreviate, local_folder
 from torchrl_mouse.modules.backbone import FAMILIES, clear_errors
 from torchrl_mouse.modules.checks import check_size
 
 if TYPE_CHECKING:
     from torchrl_mouse.modules.backbone import CausalBackbone
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_JSON_BYTES = 2**24
 
@@ -59,14 +58,8 @@ class _Files:
     ) -> None:
         self.where = where
         self.name = str(repo_or_path)
-        self.folder = Path(repo_or_path) if Path(repo_or_path).is_dir() else None
+        self.folder = local_folder(where, "the checkpoint", repo_or_path)
         self._revision, self._token, self._force_download = revision, token, force_download
-        parts = self.name.split("/")
-        if self.folder is None and (len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~")):
-            raise FileNotFoundError(
-                f"{where}: the checkpoint must be in a folder or a Hub repository 'owner/name', got {self.name!r}, "
-                "where there is no folder."
-            )
 
     def path(self, name: str) -> Path:
         """Returns a file, downloaded if need be; raises ``FileNotFoundError`` or ``EntryNotFoundError``."""
@@ -82,12 +75,11 @@ class _Files:
 
     def names(self) -> list[str]:
         if self.folder is not None:
-            return sorted(file.name for file in self.folder.iterdir())
-        return sorted(HfApi(token=self._token).list_repo_files(self.name, revision=self._revision))
+            return [file.name for file in self.folder.iterdir()]
+        return HfApi(token=self._token).list_repo_files(self.name, revision=self._revision)
 
     def listing(self) -> str:
-        names = self.names()
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "no files"
+        return abbreviate(self.names()) or "no files"
 
     def read_json(self, name: str) -> dict[str, Any]:
         file = self.path(name)

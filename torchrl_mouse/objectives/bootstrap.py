@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from tensordict.utils import unravel_key
 
 from torchrl_mouse import schema
 from torchrl_mouse.functional import normalize_reward
@@ -128,5 +129,4 @@ class BootstrappingLoss(InContextLoss):
 
     @staticmethod
     def _next(steps: TensorDictBase, key: NestedKey, kind: Literal["bool"] | None = None) -> torch.Tensor:
-        path = ("next", *key) if isinstance(key, tuple) else ("next", key)
-        return schema.require(steps, path, kind).reshape(steps.shape)
+        return schema.require(steps, unravel_key(("next", key)), kind).reshape(steps.shape)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
-from tensordict.utils import unravel_key_list
+from tensordict.utils import unravel_key, unravel_key_list
 from torch import nn
 from torchrl.objectives import LossModule
 
@@ -203,7 +203,7 @@ class CombinedLoss(LossModule):
         parts: list[Any] = list(self.losses.values())
         keys = [key for key in self.trunk.in_keys if key != schema.STREAM]
         if self.looks_ahead:
-            keys += [("next", *(key if isinstance(key, tuple) else (key,))) for key in keys if key != schema.IS_INIT]
+            keys += [unravel_key(("next", key)) for key in keys if key != schema.IS_INIT]
         written = (schema.HIDDEN, ("next", schema.HIDDEN))
         keys += [key for loss in parts for key in loss.in_keys if key not in written]
         return list(dict.fromkeys(keys))
@@ -239,7 +239,7 @@ class CombinedLoss(LossModule):
         read = [key for key in self.trunk.in_keys if key not in (schema.STREAM, schema.IS_INIT)]
         for key in read:
             schema.require(steps, key)
-            schema.require(steps, ("next", *(key if isinstance(key, tuple) else (key,))))
+            schema.require(steps, unravel_key(("next", key)))
         last = steps.get("next").select(*read)[..., -1:]
         frames: TensorDictBase = torch.cat([steps.select(*read), last], -1)
         is_init = schema.require(steps, schema.IS_INIT, "bool")

@@ -13,7 +13,6 @@ from torchrl_mouse.functional import SP_LOSSES, SV_LOSSES
 from torchrl_mouse.objectives.common import InContextLoss
 
 if TYPE_CHECKING:
-    import torch
     from tensordict.utils import NestedKey
 
 
@@ -26,20 +25,40 @@ class _TeacherLoss(InContextLoss):
 
     default_keys = _AcceptedKeys
     losses: dict[str, Any]
-    loss_type: str
 
-    def _set_loss_type(self, loss_type: str) -> None:
+    def __init__(
+        self, head: TensorDictModule, *, trunk: TensorDictModuleBase | None, loss_type: str, reduction: str
+    ) -> None:
+        super().__init__(head, trunk=trunk, reduction=reduction)
         if loss_type not in self.losses:
             raise ValueError(
                 f"{type(self).__name__}: loss_type must be one of {', '.join(self.losses)}, got {loss_type!r}."
             )
         self.loss_type = loss_type
 
+    @property
+    def _options(self) -> dict[str, float]:
+        """Options of the function in ``losses``."""
+        return {}
+
     def _loss_keys(self) -> list[NestedKey]:
         return [*super()._loss_keys(), self.tensor_keys.q_star]
 
-    def _compare(self, tensordict: TensorDictBase, **options: Any) -> torch.Tensor:
-        """Returns the reduced cost over the decisions for which the teacher has a finite value."""
+    @dispatch
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Computes the loss over the decisions for which the teacher has a finite value.
+
+        Args:
+            tensordict: steps ``[*, T]`` with ``q_star`` ``[*, T, A]``.
+
+        Returns:
+            ``loss_sp``, or ``loss_sv``.
+
+        Raises:
+            KeyError: an entry is missing.
+            TypeError: a mark of an episode's end, or the mask, is not boolean.
+            ValueError: the teacher has another number of actions than the head.
+        """
         q_star = schema.require(tensordict, self.tensor_keys.q_star)
         output = self._output(self._predict(tensordict))
         if q_star.shape != output.shape:
@@ -47,9 +66,9 @@ class _TeacherLoss(InContextLoss):
                 f"{type(self).__name__}: entry {self.tensor_keys.q_star!r} must have the head's shape "
                 f"{tuple(output.shape)}, got {tuple(q_star.shape)}. Give both the same number of actions."
             )
-        cost = self.losses[self.loss_type](output, q_star.to(output.dtype), **options)
+        cost = self.losses[self.loss_type](output, q_star.to(output.dtype), **self._options)
         valid = self._decisions(tensordict) & q_star.isfinite().any(-1)
-        return self._reduce(cost, valid, tensordict)
+        return TensorDict({self.out_keys[0]: self._reduce(cost, valid, tensordict)})
 
 
 class SupervisedPolicyLoss(_TeacherLoss):
@@ -96,8 +115,7 @@ class SupervisedPolicyLoss(_TeacherLoss):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(head, trunk=trunk, reduction=reduction)
-        self._set_loss_type(loss_type)
+        super().__init__(head, trunk=trunk, loss_type=loss_type, reduction=reduction)
         if temperature <= 0:
             raise ValueError(f"SupervisedPolicyLoss: temperature must be positive, got {temperature}.")
         if not 0 <= label_smoothing < 1:
@@ -105,20 +123,9 @@ class SupervisedPolicyLoss(_TeacherLoss):
         self.temperature = temperature
         self.label_smoothing = label_smoothing
 
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Computes ``loss_sp`` over the decisions for which the teacher has a finite value.
-
-        Args:
-            tensordict: steps ``[*, T]`` with ``q_star`` ``[*, T, A]``.
-
-        Raises:
-            KeyError: an entry is missing.
-            TypeError: a mark of an episode's end, or the mask, is not boolean.
-            ValueError: the teacher has another number of actions than the head.
-        """
-        options = {"temperature": self.temperature, "label_smoothing": self.label_smoothing}
-        return TensorDict({"loss_sp": self._compare(tensordict, **options)})
+    @property
+    def _options(self) -> dict[str, float]:
+        return {"temperature": self.temperature, "label_smoothing": self.label_smoothing}
 
 
 class SupervisedValueLoss(_TeacherLoss):
@@ -160,19 +167,4 @@ class SupervisedValueLoss(_TeacherLoss):
         loss_type: str = "mse",
         reduction: str = "mean",
     ) -> None:
-        super().__init__(head, trunk=trunk, reduction=reduction)
-        self._set_loss_type(loss_type)
-
-    @dispatch
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Computes ``loss_sv`` over the decisions for which the teacher has a finite value.
-
-        Args:
-            tensordict: steps ``[*, T]`` with ``q_star`` ``[*, T, A]``.
-
-        Raises:
-            KeyError: an entry is missing.
-            TypeError: a mark of an episode's end, or the mask, is not boolean.
-            ValueError: the teacher has another number of actions than the head.
-        """
-        return TensorDict({"loss_sv": self._compare(tensordict)})
+        super().__init__(head, trunk=trunk, loss_type=loss_type, reduction=reduction)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import dispatch
 
 from torchrl_mouse.functional import greedy_vector, vec_dqn_cost, vec_dqn_scores
 from torchrl_mouse.objectives.bootstrap import BootstrappingLoss
@@ -63,9 +63,6 @@ class VecDQNLoss(BootstrappingLoss):
         "vec_dqn_score_abs_max",
         "vec_dqn_score_abs_mean",
     ]
-
-    def __init__(self, head: TensorDictModule, **options: Any) -> None:
-        super().__init__(head, **options)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
