@@ -224,10 +224,29 @@ class LossContract:
         total(out).backward()
         assert all(parameter.grad.isfinite().all() for parameter in loss.parameters() if parameter.grad is not None)
 
+    def test_window_of_one_step(self, loss):
+        steps = make_steps()[:, :1]
+        if all(part.min_steps == 1 for part in self.parts(loss)):
+            assert total(loss(steps)) > 0
+            return
+        with pytest.raises(ValueError, match=r"Loss: windows must have at least 2 steps, .* got \(3, 1\)"):
+            loss(steps)
+
+    @pytest.mark.parametrize("reward", [NAN, INF, -INF])
+    def test_reward_that_is_not_finite(self, loss, reward):
+        steps = make_steps()
+        steps["next", "reward"][1, 3] = reward
+        if all(part.min_steps == 1 for part in self.parts(loss)):
+            assert loss(steps).isfinite().all()  # a teacher's loss does not read rewards
+            return
+        with pytest.raises(ValueError, match=rf"\('next', 'reward'\) must be finite, got {reward} at \(1, 3\)"):
+            loss(steps)
+
     def test_nothing_valid_costs_zero(self, loss):
         steps = make_steps()
         steps[schema.MASK].fill_(False)
-        out = loss(steps)
+        with pytest.warns(UserWarning, match="a batch must hold a step to learn from, got none in"):
+            out = loss(steps)
         for key, value in out.items():
             assert value == 0, key
         total(out).backward()
@@ -266,7 +285,7 @@ class LossContract:
             loss.set_keys(no_such_key="x")
 
     def test_every_key_can_be_nested_and_put_back(self, loss):
-        configurable = set(loss._AcceptedKeys.__dataclass_fields__) - {"priority_weight"}
+        configurable = set(loss._AcceptedKeys.__dataclass_fields__) - {"priority_weight", "action_mask"}
         assert set(self.entries) == configurable
         steps, before = make_steps(), list(loss.in_keys)
         expected = loss(steps.clone())
@@ -280,13 +299,58 @@ class LossContract:
             for entry, new in moved.items():
                 if unravel_key(entry) in loss.trunk.in_keys:
                     other = renamed.clone()
-                    other[new] = ~steps[entry]
+                    other[new] = steps[entry].roll(1, 1)
                     assert (loss(other) != expected).any(), name
                 else:
                     renamed = renamed.exclude(entry)
             assert (loss(renamed) == expected).all(), name
             loss.set_keys(**{name: None})
             assert loss.in_keys == before
+
+    @staticmethod
+    def parts(loss):
+        return [part for part in loss.modules() if isinstance(part, objectives.InContextLoss)]
+
+    def test_another_mask_can_be_named(self, loss):
+        steps = make_steps()
+        valid = torch.rand(steps.shape, generator=torch.Generator().manual_seed(3)) < 0.7
+        expected = loss(steps.clone().set(schema.MASK, valid))
+        for part in self.parts(loss):
+            part.loss_mask_key = ("agent", "valid")
+        assert ("agent", "valid") in loss.in_keys
+        with pytest.raises(KeyError, match="'agent', 'valid'"):
+            loss(steps.clone())
+        out = loss(steps.clone().set(("agent", "valid"), valid.unsqueeze(-1)))
+        assert (out == expected).all()
+        everything = loss(steps.clone().exclude(schema.MASK).set(("agent", "valid"), torch.ones_like(valid)))
+        for part in self.parts(loss):
+            part.loss_mask_key = None
+        assert (loss(steps.clone().set(schema.MASK, valid)) == everything).all()
+
+    def test_action_mask(self, loss):
+        steps, key = make_steps(), ("agent", "allowed")
+        expected = loss(steps.clone())
+        for part in self.parts(loss):
+            part.set_keys(action_mask=key)
+        assert key in loss.in_keys
+        with pytest.raises(KeyError, match="'agent', 'allowed'"):
+            loss(steps.clone())
+        allowed = torch.ones(*steps.shape, NUM_ACTIONS, dtype=torch.bool)
+        assert (loss(steps.clone().set(key, allowed)) == expected).all()
+        nothing_said = allowed.clone()
+        nothing_said[:, 2] = False  # no action is allowed at a terminal frame
+        assert (loss(steps.clone().set(key, nothing_said)) == expected).all()
+        # The action in the data and one more: what is not allowed changes every term.
+        some = torch.nn.functional.one_hot(steps["action"], NUM_ACTIONS) | torch.tensor([0, 1, 0])
+        out = loss(steps.clone().set(key, some.bool()))
+        changed = {name for name, value in out.items() if value != expected[name]}
+        assert changed & {"loss_cql", "loss_vec_dqn", "loss_sp", "loss_sv", "loss_actor"}
+        total(out).backward()
+        assert all(weight.grad.isfinite().all() for weight in loss.parameters() if weight.grad is not None)
+        with pytest.raises(TypeError, match=r"'allowed'.* must be of bool type, got"):
+            loss(steps.clone().set(key, allowed.float()))
+        with pytest.raises(ValueError, match=r"must hold a flag for each of the head's 3 actions, got \(3, 8, 2\)"):
+            loss(steps.clone().set(key, allowed[..., :2]))
 
     def test_priority_weight_can_be_renamed(self):
         steps, key = make_steps(), "importance"

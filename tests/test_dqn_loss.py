@@ -6,9 +6,10 @@ import pytest
 import torch
 from loss_contract import NAN, TRANSITION_ENTRIES, LossContract, attach_targets, make_model, make_steps, total
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
+from torchrl_mouse.modules import DQNHead
 from torchrl_mouse.objectives import MouseDQNLoss
 
 
@@ -26,6 +27,20 @@ class TestMouseDQNLoss(LossContract):
     def test_discount_out_of_range(self, name, value):
         with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\], got {value}"):
             self.make_loss(**{name: value})
+
+    @pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
+    def test_n_steps_out_of_range(self, value):
+        with pytest.raises(ValueError, match=f"MouseDQNLoss: n_steps must be an integer of at least 1, got {value}"):
+            self.make_loss(n_steps=value)
+
+    @pytest.mark.parametrize("value", [1.1, [0.5, -0.1], [0.5, float("nan")]])
+    def test_one_of_the_discounts_out_of_range(self, value):
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got (1\.1|-0\.1|nan)"):
+            self.make_loss(gamma=value)
+
+    def test_no_discount(self):
+        with pytest.raises(ValueError, match=r"gamma must hold a discount, got \[\]"):
+            self.make_loss(gamma=[])
 
     def test_negative_cql_weight(self):
         model = make_model()
@@ -45,6 +60,54 @@ class TestMouseDQNLoss(LossContract):
         assert (loss(steps) == expected).all()
         assert steps["agent", "error"].shape == (*steps.shape, 1)
         assert "td_error" not in steps
+
+
+class TestSeveralDiscounts(LossContract):
+    loss_class = MouseDQNLoss
+    entries = TRANSITION_ENTRIES
+
+    @staticmethod
+    def make_loss(seed=0, gamma=(0.9, 0.5), **options):
+        model = make_model(seed)
+        torch.manual_seed(seed)
+        head = DQNHead(16, 3, num_discounts=2, hidden_dim=8).online
+        head = TensorDictModule(head, ["hidden"], ["dqn"])
+        return MouseDQNLoss(head, trunk=model.trunk, gamma=gamma, cql_weight=0.5, n_steps=2, **options)
+
+    @pytest.mark.parametrize("gamma", [[0.9], [0.9, 0.5, 0.1]])
+    def test_head_with_another_number_of_discounts(self, gamma):
+        loss = attach_targets(self.make_loss(gamma=gamma))
+        match = f"action values for each of gamma's {len(gamma)} discounts, got 2. Build it with num_discounts"
+        with pytest.raises(ValueError, match=match):
+            loss(make_steps())
+
+    def test_head_of_one_discount(self):
+        model = make_model()
+        loss = attach_targets(MouseDQNLoss(model.head("dqn"), trunk=model.trunk, gamma=[0.9, 0.5]))
+        with pytest.raises(ValueError, match=r"the head must write \[\*, T, D, A\], got \(3, 8, 3\)"):
+            loss(make_steps())
+
+    def test_equals_a_loss_for_each(self):
+        several = attach_targets(self.make_loss())
+        steps = make_steps()
+        out = several(steps)
+        apart = []
+        for index, gamma in enumerate((0.9, 0.5)):
+            model = make_model()
+            torch.manual_seed(0)
+            whole = DQNHead(16, 3, num_discounts=2, hidden_dim=8).online
+            part = TensorDictSequential(
+                TensorDictModule(whole, ["hidden"], ["all"]),
+                TensorDictModule(lambda out, index=index: out[..., index, :], ["all"], ["dqn"]),
+            ).select_out_keys("dqn")
+            options = {"gamma": gamma, "cql_weight": 0.5, "n_steps": 2, "delay_value": False}
+            apart.append(MouseDQNLoss(part, trunk=model.trunk, **options)(one := make_steps()))
+            if index == 0:
+                assert torch.allclose(one["td_error"], steps["td_error"], atol=1e-6)
+        for name in ("loss_dqn", "loss_cql"):
+            assert torch.allclose(out[name], (apart[0][name] + apart[1][name]) / 2, atol=1e-6), name
+        for name in set(out.keys()) - {"loss_dqn", "loss_cql"}:
+            assert torch.allclose(out[name], apart[0][name], atol=1e-6), name
 
 
 # Hand-computed values: `hidden` is the observation, whose halves are the online and the target action values.
@@ -152,6 +215,81 @@ def errors(targets, chosen=CHOSEN):
 )
 def test_dqn_by_hand(options, targets):
     assert per_step(two_tasks(), gamma=0.5, **options) == errors(targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "targets"),
+    [
+        # Step 0 goes on over the termination at step 1; 3 is cut at frame 4; 5 ends the task, 7 the window.
+        ({"reward_shift": 0.25}, [0.75 + 0.5 * 1.25, 1.25, None, -0.75 + 25, None, 2.25, 0.5 + 40, None]),
+        (
+            {"reward_shift": 0.25, "gamma_truncated": 0.1},
+            [0.75 + 0.5 * 1.25, 1.25, None, -0.75 + 5, None, 2.25, 0.5 + 40, None],
+        ),
+        # Returns span episodes: frame 0, 1, 3, 5, end.
+        (
+            {"gamma_terminal": 0.25},
+            [0.5 + 0.5 * (1 + 10), 1 + 0.25 * (-1 + 30), None, -1 + 0.5 * 2, None, 2.0, 0.25 + 40, None],
+        ),
+        (
+            {"n_steps": 3, "gamma_terminal": 0.25},
+            [0.5 + 0.5 * (1 + 0.25 * (-1 + 30)), 1 + 0.25 * (-1 + 0.5 * 2), None, 0.0, None, 2.0, 0.25 + 40, None],
+        ),
+        (
+            {"n_steps": 99, "gamma_terminal": 0.25, "reward_scale": 2.0, "reward_shift": 1.0},
+            [2 + 0.5 * (3 + 0.25 * (-1 + 0.5 * 5)), 3 + 0.25 * (-1 + 0.5 * 5), None, 1.5, None, 5.0, 1.5 + 40, None],
+        ),
+        (
+            {"reward_shift": 0.25, "double_dqn": True},
+            [0.75 + 0.5 * 1.25, 1.25, None, -0.75 + 2.5, None, 2.25, 0.5 + 4, None],
+        ),
+    ],
+)
+def test_dqn_n_steps_by_hand(options, targets):
+    assert per_step(two_tasks(), gamma=0.5, **{"n_steps": 2, **options}) == errors(targets)
+
+
+def test_dqn_n_steps_stop_at_the_window_at_other_tasks_and_at_steps_left_out():
+    steps = window(ONLINE[:4], TARGET[:4], [0, 1, 0, 0], [1.0, 2.0, 3.0, 4.0])
+    chosen = [1.0, 4.0, 90.0, None]
+    targets = [1 + 0.5 * (2 + 0.5 * (3 + 0.5 * 40)), 2 + 0.5 * (3 + 0.5 * 40), 3 + 20, None]
+    assert per_step(steps, gamma=0.5, n_steps=9) == errors(targets, chosen)
+    other = window(ONLINE[:4], TARGET[:4], [0, 1, 0, 0], [1.0, 2.0, 3.0, 4.0], init=[0, 2])
+    assert per_step(other, gamma=0.5, n_steps=9) == errors([1 + 10, None, 3 + 20, None], chosen)
+    left_out = window(ONLINE[:4], TARGET[:4], [0, 1, 0, 0], [1.0, 2.0, 3.0, 4.0], padding=[1])
+    assert per_step(left_out, gamma=0.5, n_steps=9) == errors([1 + 10, None, 3 + 20, None], chosen)
+
+
+def test_dqn_action_masks_by_hand():
+    online = [[1.0, 2.0, 3.0], [4.0, 9.0, 5.0], [6.0, 7.0, 8.0]]
+    target = [[0.0, 0.0, 0.0], [10.0, 30.0, 20.0], [7.0, 8.0, 9.0]]
+    steps = window(online, target, [0, 2, 0], [1.0, 2.0, 3.0])
+    steps["action_mask"] = torch.tensor([[[1, 1, 0], [1, 0, 1], [0, 0, 0]]], dtype=torch.bool)
+    for double, values in ((False, (20.0, 9.0)), (True, (20.0, 9.0))):
+        options = {"num_actions": 3, "gamma": 0.5, "cql_weight": 1.0, "cql_scale_q": False, "reduction": "none"}
+        loss = controlled_loss(double_dqn=double, **options)
+        loss.set_keys(action_mask="action_mask")
+        out = loss(steps)
+        # Frame 2 allows nothing, as ends of episodes do: all of its actions count.
+        expected = [(1 - (1 + 0.5 * values[0])) ** 2, (5 - (2 + 0.5 * values[1])) ** 2, 0.0]
+        assert out["loss_dqn"][0].tolist() == pytest.approx(expected)
+        pushed = [torch.tensor(q).logsumexp(-1).item() - q[at] for q, at in (([1.0, 2.0], 0), ([4.0, 5.0], 1))]
+        assert out["loss_cql"][0].tolist() == pytest.approx([*pushed, 0.0], abs=1e-6)
+    # Without the mask the online head would choose action 1 at frame 1.
+    plain = controlled_loss(double_dqn=True, **options)(steps)
+    assert plain["loss_dqn"][0, 0].item() == pytest.approx((1 - (1 + 15)) ** 2)
+
+
+def test_dqn_action_in_the_data_that_is_not_allowed():
+    steps = two_tasks()
+    steps["action_mask"] = torch.ones(1, 8, 2, dtype=torch.bool)
+    steps["action_mask"][:, :, 1] = False  # at frame 2, which is terminal, it does not matter
+    loss = controlled_loss()
+    loss.set_keys(action_mask="action_mask")
+    with pytest.raises(ValueError, match=r"entry 'action' must hold actions that 'action_mask' allows, got 1 at \(0,"):
+        loss(steps)
+    steps["action_mask"][0, [1, 5], 1] = True
+    assert loss(steps)["loss_dqn"] > 0
 
 
 def test_dqn_with_a_truncation_by_default_like_any_step():

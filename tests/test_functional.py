@@ -19,8 +19,6 @@ from torchrl_mouse.functional import (
     masked_moments,
     normalize_reward,
     rope_rotate,
-    segment_mask,
-    segment_positions,
     td_target,
     teacher_cross_entropy,
     vec_dqn_cost,
@@ -29,28 +27,6 @@ from torchrl_mouse.functional import (
 
 INF, NAN = float("inf"), float("nan")
 property_test = settings(max_examples=60, deadline=None, database=None)
-flags = st.integers(1, 8).flatmap(
-    lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=3)
-)
-
-
-def starts(row, step):
-    """Index of the first step of the context that a step belongs to."""
-    return max([0, *(index for index in range(step + 1) if row[index])])
-
-
-@property_test
-@given(flags)
-def test_segment_positions_count_from_the_last_start(rows):
-    expected = [[step - starts(row, step) for step in range(len(row))] for row in rows]
-    assert segment_positions(torch.tensor(rows)).tolist() == expected
-
-
-@property_test
-@given(flags)
-def test_segment_mask_is_causal_inside_the_context(rows):
-    expected = [[[starts(row, i) <= j <= i for j in range(len(row))] for i in range(len(row))] for row in rows]
-    assert segment_mask(torch.tensor(rows)).tolist() == expected
 
 
 def test_td_target_by_hand():

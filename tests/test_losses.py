@@ -2,6 +2,7 @@
 
 import pytest
 import test_dqn_loss
+import test_iql_loss  # noqa: F401 - its contract
 import test_supervised_losses
 import test_vec_dqn_loss
 import torch

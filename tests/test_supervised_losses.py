@@ -108,3 +108,17 @@ class TestSupervisedValueLoss(LossContract):
         out.backward()
         moved = [[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
         assert (values.grad != 0).int().tolist() == moved
+
+
+@pytest.mark.parametrize(("kind", "name"), [(SupervisedPolicyLoss, "sp"), (SupervisedValueLoss, "sv")])
+def test_actions_that_are_not_allowed_have_no_teacher(kind, name):
+    loss = kind(TensorDictModule(nn.Identity(), ["hidden"], [name]), reduction="none")
+    steps = make_steps().set("hidden", torch.randn(3, 8, NUM_ACTIONS, generator=torch.Generator().manual_seed(1)))
+    allowed = torch.rand(3, 8, NUM_ACTIONS, generator=torch.Generator().manual_seed(2)) < 0.6
+    allowed[0, 0] = False  # where none is allowed, all count
+    expected = steps.clone()
+    expected["q_star"][~(allowed | ~allowed.any(-1, keepdim=True))] = -INF
+    expected = loss(expected)
+    assert (loss(steps) != expected).any()
+    loss.set_keys(action_mask="allowed")
+    assert (loss(steps.set("allowed", allowed)) == expected).all()

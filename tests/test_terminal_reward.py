@@ -11,14 +11,18 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.collectors import Collector, RandomPolicy
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.modules import ValueOperator
 
 from torchrl_mouse import schema
 from torchrl_mouse.envs import ClearContext, TaskEnv
 from torchrl_mouse.models import MouseConfig, MouseModel
-from torchrl_mouse.objectives import MouseDQNLoss
+from torchrl_mouse.modules import SwiGLUHead
+from torchrl_mouse.objectives import MouseDQNLoss, MouseIQLLoss
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torchrl.objectives import LossModule
 
 DECISIONS, EPISODES = 2, 4
 FRAMES = EPISODES * (DECISIONS + 1) - 1  # the task ends with the last terminal frame
@@ -112,21 +116,44 @@ def right_choices(env: EnvBase, model: MouseModel) -> torch.Tensor:
     return (paid > 0).float().mean(0)
 
 
-@pytest.fixture(scope="module")
-def trained() -> MouseModel:
-    """Learns from the tasks of a random policy, by Q-learning in context."""
+def dqn(model: MouseModel) -> LossModule:
+    return MouseDQNLoss(model.head("dqn"), trunk=model.trunk, gamma=0.5, delay_value=False)
+
+
+def several_discounts(model: MouseModel) -> LossModule:
+    options = {"gamma": [0.5, 0.9], "n_steps": 2, "double_dqn": True, "delay_value": False}
+    return MouseDQNLoss(model.head("dqn"), trunk=model.trunk, **options)
+
+
+def iql(model: MouseModel) -> LossModule:
+    value = ValueOperator(SwiGLUHead(32, 1), in_keys=["hidden"])
+    heads = (model.head("dqn"), value, model.head("sp"))
+    return MouseIQLLoss(*heads, trunk=model.trunk, gamma=0.5, expectile=0.7, delay_value=False)
+
+
+LEARNERS = {
+    "dqn": (dqn, {"dqn_head_kwargs": {}}),
+    "several discounts": (several_discounts, {"dqn_head_kwargs": {"num_discounts": 2}}),
+    "iql": (iql, {"dqn_head_kwargs": {}, "sp_head_kwargs": {}, "action_head": "sp"}),
+}
+
+
+@pytest.fixture(scope="module", params=LEARNERS)
+def trained(request: pytest.FixtureRequest) -> MouseModel:
+    """Learns from the tasks of a random policy, in context."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    make_loss, heads = LEARNERS[request.param]
     backbone = {"num_layers": 2, "num_heads": 2}
-    model = MouseModel(MouseConfig(32, 16, {**EMBEDDING, "std": 0.2}, backbone_kwargs=backbone, dqn_head_kwargs={}))
-    loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk, gamma=0.5, delay_value=False)
+    model = MouseModel(MouseConfig(32, 16, {**EMBEDDING, "std": 0.2}, backbone_kwargs=backbone, **heads))
+    loss = make_loss(model)
     tasks = collect_random(make_env(128, seed=1), tasks=8)
     tasks = torch.cat(tasks.split(FRAMES, -1))
     optimizer = torch.optim.AdamW(loss.parameters(), lr=3e-3)
     for _ in range(300):
         optimizer.zero_grad()
         losses = loss(tasks[torch.randint(len(tasks), (64,))])
-        losses["loss_dqn"].backward()
+        sum(value for name, value in losses.items() if name.startswith("loss")).backward()
         optimizer.step()
     model.trunk.mark_weight_update()
     return model

@@ -13,6 +13,7 @@ from torchrl.modules import set_recurrent_mode
 
 from torchrl_mouse import schema
 from torchrl_mouse.modules import CausalBackbone, StepEmbedder, Trunk
+from torchrl_mouse.modules.trunk import segment_mask, segment_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -539,3 +540,29 @@ def test_one_hot_of_another_size(make_trunk, random_steps):
         pytest.raises(ValueError, match=r"one-hot vectors \[\*, 5\], got trailing shape \(4,\)"),
     ):
         make_trunk()(steps)
+
+
+# Contexts inside windows
+
+flags = st.integers(1, 8).flatmap(
+    lambda length: st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=1, max_size=3)
+)
+
+
+def starts(row, step):
+    """Index of the first step of the context that a step belongs to."""
+    return max([0, *(index for index in range(step + 1) if row[index])])
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(flags)
+def test_segment_positions_count_from_the_last_start(rows):
+    expected = [[step - starts(row, step) for step in range(len(row))] for row in rows]
+    assert segment_positions(torch.tensor(rows)).tolist() == expected
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(flags)
+def test_segment_mask_is_causal_inside_the_context(rows):
+    expected = [[[starts(row, i) <= j <= i for j in range(len(row))] for i in range(len(row))] for row in rows]
+    assert segment_mask(torch.tensor(rows)).tolist() == expected

@@ -154,3 +154,21 @@ def test_metrics_are_those_of_each_rows_last_decision():
     out = controlled_loss()(rows)
     metrics = {name: out[f"vec_dqn_score_abs_{name}"].item() for name in ("min", "max", "mean")}
     assert metrics == pytest.approx({"min": 0.25, "max": 0.75, "mean": 0.5}, abs=1e-6)
+
+
+def test_actions_that_are_not_allowed_are_as_if_they_were_not_there():
+    generator = torch.Generator().manual_seed(0)
+    steps = trajectory().set("hidden", torch.randn(1, 8, 3, 4, generator=generator))
+    taken = steps["action"].clamp(0, 1)
+
+    def loss(part):
+        head = TensorDictModule(lambda hidden: hidden[..., part, :], ["hidden"], ["vec_dqn"])
+        return VecDQNLoss(head, delay_value=False, reduction="none")
+
+    first_two = loss(slice(2))(steps.set("action", taken))
+    shifted = loss(slice(None))
+    assert (shifted(steps)["loss_vec_dqn"] != first_two["loss_vec_dqn"]).any()
+    shifted.set_keys(action_mask="allowed")
+    out = shifted(steps.set("allowed", torch.tensor([True, True, False]).expand(1, 8, 3)))
+    for name, value in first_two.items():
+        assert torch.allclose(out[name], value, atol=1e-6), name

@@ -1,4 +1,4 @@
-"""Pure tensor mathematics: contexts inside windows, the arithmetic of losses, vectors as action values."""
+"""Pure tensor mathematics: the arithmetic of losses, and vectors as action values."""
 
 from __future__ import annotations
 
@@ -10,41 +10,6 @@ from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-
-def segment_positions(is_init: torch.Tensor) -> torch.Tensor:
-    """Counts the steps since each context began.
-
-    Args:
-        is_init: bool ``[*, T]``, true at the first step of a task; index 0 always begins a context.
-
-    Returns:
-        int64 ``[*, T]``.
-
-    Examples:
-        >>> segment_positions(torch.tensor([False, False, True, False])).tolist()
-        [0, 1, 0, 1]
-    """
-    index = torch.arange(is_init.shape[-1], device=is_init.device)
-    return index - torch.where(is_init, index, 0).cummax(-1).values
-
-
-def segment_mask(is_init: torch.Tensor) -> torch.Tensor:
-    """Builds the attention mask that is causal and never looks into another task.
-
-    Args:
-        is_init: bool ``[*, T]``, true at the first step of a task; index 0 always begins a context.
-
-    Returns:
-        bool ``[*, T, T]``: entry ``[i, j]`` is true where step ``i`` may attend to step ``j``.
-
-    Examples:
-        >>> segment_mask(torch.tensor([True, False, True])).int().tolist()
-        [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
-    """
-    segment = is_init.cumsum(-1)
-    segment = segment - segment[..., :1]
-    return (segment.unsqueeze(-1) == segment.unsqueeze(-2)).tril()
 
 
 def masked_moments(values: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,6 +161,7 @@ def dqn_costs(
     cql_weight: float = 0.0,
     cql_scale_q: bool = True,
     cql_scale_q_eps: float = 1.0,
+    action_mask: torch.Tensor | None = None,
 ) -> DQNCosts:
     """Computes ``(Q(s, a) - y)^2`` and ``cql_weight * (|y| + cql_scale_q_eps) * (logsumexp_a Q(s, a) - Q(s, a))``.
 
@@ -206,6 +172,7 @@ def dqn_costs(
         cql_weight: weight of the conservative penalty.
         cql_scale_q: scale the penalty with ``|y| + cql_scale_q_eps`` (MOUSE), or leave it plain.
         cql_scale_q_eps: the penalty's factor where ``y`` is zero.
+        action_mask: bool ``[*, A]``, true for the actions that are pushed down; one at least, and all by default.
 
     Examples:
         >>> costs = dqn_costs(torch.zeros(1, 4), torch.tensor([2]), torch.tensor([-3.0]), cql_weight=0.5)
@@ -213,11 +180,32 @@ def dqn_costs(
         (9.0, 2.7726)
     """
     chosen = action_value.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-    penalty = conservative_penalty(action_value, chosen)
+    pushed = action_value if action_mask is None else action_value.masked_fill(~action_mask, -torch.inf)
+    penalty = conservative_penalty(pushed, chosen)
     cql = cql_weight * penalty
     if cql_scale_q:
         cql = cql * (target.abs() + cql_scale_q_eps)
     return DQNCosts(chosen, (chosen - target).square(), cql, penalty)
+
+
+def expectile_cost(error: torch.Tensor, expectile: float) -> torch.Tensor:
+    """Computes ``|expectile - 1(error < 0)| * error^2``: the least-squares cost that weighs the two signs differently.
+
+    What minimises its mean is the mean at 0.5, and near 1 the greatest value that occurs: a maximum over the actions in
+    the data alone (Kostrikov et al. 2021, arXiv:2110.06169).
+
+    Args:
+        error: ``[*]``, what is to be reached, less the estimate.
+        expectile: in (0, 1).
+
+    Returns:
+        ``[*]``.
+
+    Examples:
+        >>> expectile_cost(torch.tensor([2.0, -2.0]), 0.75).tolist()
+        [3.0, 1.0]
+    """
+    return torch.where(error < 0, 1 - expectile, expectile) * error.square()
 
 
 def rope_rotate(x: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
@@ -275,17 +263,21 @@ def _rotate_quarter(x: torch.Tensor) -> torch.Tensor:
     return torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
 
 
-def greedy_vector(vectors: torch.Tensor) -> torch.Tensor:
+def greedy_vector(vectors: torch.Tensor, action_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the vector ``[*, V]`` of the action with the highest of :func:`vec_dqn_scores`.
 
     Args:
         vectors: ``[*, A, V]``, ``V`` even.
+        action_mask: bool ``[*, A]``, true for the actions to choose from; all by default.
 
     Examples:
         >>> greedy_vector(torch.tensor([[1.0, 0.0], [0.0, 3.0]])).tolist()
         [0.0, 3.0]
     """
-    return _vector_of(vectors, vec_dqn_scores(vectors).argmax(-1))
+    scores = vec_dqn_scores(vectors, action_mask)
+    if action_mask is not None:
+        scores = scores.masked_fill(~action_mask, -torch.inf)
+    return _vector_of(vectors, scores.argmax(-1))
 
 
 def _vector_of(vectors: torch.Tensor, action: torch.Tensor) -> torch.Tensor:

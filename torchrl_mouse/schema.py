@@ -205,6 +205,16 @@ def to_ids(value: torch.Tensor, num: int, batch_ndim: int, key: NestedKey) -> to
     return (value.squeeze(-1) if trailing else value).long()
 
 
+def can_look_at(value: torch.Tensor) -> bool:
+    """Says whether checking values costs nothing: an accelerator would wait, and a compiled graph break.
+
+    Examples:
+        >>> can_look_at(torch.zeros(1))
+        True
+    """
+    return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def check_ids(ids: torch.Tensor, num: int, key: NestedKey) -> None:
     """Raises when an id lies outside ``[0, num)``.
 
@@ -224,7 +234,7 @@ def check_ids(ids: torch.Tensor, num: int, key: NestedKey) -> None:
             ...
         ValueError: steps: entry 'action' must lie in [0, 5), got 7. Raise the model's size for it, or fix the data.
     """
-    if torch.compiler.is_compiling() or ids.device.type != "cpu" or ids.numel() == 0:
+    if not can_look_at(ids) or ids.numel() == 0:
         return
     low, high = (int(bound) for bound in ids.aminmax())
     if low < 0 or high >= num:

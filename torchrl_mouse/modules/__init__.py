@@ -3,7 +3,7 @@
 from torchrl_mouse.modules.actors import StickyActions, gaussian_policy, make_actor
 from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
-from torchrl_mouse.modules.heads import DQNHead, GaussianHead, SwiGLUHead, VecDQNHead, VectorHead
+from torchrl_mouse.modules.heads import DQNHead, GaussianHead, MultiDiscountHead, SwiGLUHead, VecDQNHead, VectorHead
 from torchrl_mouse.modules.kv_cache import KeyValues, KVCache
 from torchrl_mouse.modules.pretrained import backbone_kwargs_from_pretrained, load_pretrained_layers
 from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
@@ -16,6 +16,7 @@ __all__ = [
     "GaussianHead",
     "KVCache",
     "KeyValues",
+    "MultiDiscountHead",
     "StepEmbedder",
     "StickyActions",
     "SwiGLUHead",

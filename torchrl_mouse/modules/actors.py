@@ -23,7 +23,7 @@ from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticA
 
 from torchrl_mouse.functional import vec_dqn_scores
 from torchrl_mouse.modules.checks import check_size
-from torchrl_mouse.modules.heads import DQNHead, GaussianHead, SwiGLUHead, VecDQNHead, VectorHead
+from torchrl_mouse.modules.heads import DQNHead, GaussianHead, MultiDiscountHead, SwiGLUHead, VecDQNHead, VectorHead
 from torchrl_mouse.schema import ACTION, EPISODE_STEP, PREVIOUS_ACTION, require
 
 if TYPE_CHECKING:
@@ -39,17 +39,26 @@ SCALE: NestedKey = "scale"
 
 
 class _ActionScores(TensorDictModuleBase):
-    """Writes scores ``[*, num_actions]``: those of the first actions in scores ``[*, A]`` or vectors ``[*, A, V]``.
+    """Writes scores ``[*, num_actions]``: those of the first actions in what a head writes.
+
+    That is scores ``[*, A]``, vectors ``[*, A, V]``, or scores ``[*, D, A]`` of several discounts, of which the first
+    counts.
 
     The mask ``[*, num_actions]`` is always checked here, but only vectors' scores depend on it: the choice applies it.
     """
 
     def __init__(
-        self, source: NestedKey, scores: NestedKey, num_actions: int, vectors: bool, action_mask_key: NestedKey | None
+        self,
+        network: torch.nn.Module | None,
+        source: NestedKey,
+        scores: NestedKey,
+        num_actions: int,
+        action_mask_key: NestedKey | None,
     ) -> None:
         super().__init__()
         self.num_actions = num_actions
-        self.vectors = vectors
+        self.vectors = isinstance(network, VectorHead)
+        self.several_discounts = isinstance(network, MultiDiscountHead)
         self.action_mask_key = action_mask_key
         self.in_keys = [source] if action_mask_key is None else [source, action_mask_key]
         self.out_keys = [scores]
@@ -66,6 +75,8 @@ class _ActionScores(TensorDictModuleBase):
             if mask is not None:  # The head's further actions are none of the space's.
                 mask = F.pad(mask, (0, output.shape[-2] - self.num_actions))
             output = vec_dqn_scores(output, mask)
+        if self.several_discounts:
+            output = output[..., 0, :]
         return tensordict.set(self.out_keys[0], output[..., : self.num_actions])
 
 
@@ -160,8 +171,9 @@ def make_actor(
     Args:
         trunk: writes ``hidden``.
         head: reads ``hidden`` and writes scores ``[*, A]``, for a :class:`VectorHead` or :class:`VecDQNHead` vectors
-            ``[*, A, V]``; ``A`` is compared with the space where it wraps one of our heads. In a continuous space it
-            wraps a :class:`GaussianHead`, see :func:`gaussian_policy`.
+            ``[*, A, V]``, for a :class:`MultiDiscountHead` scores ``[*, D, A]``, of which the first counts; ``A`` is
+            compared with the space where it wraps one of our heads. In a continuous space it wraps a
+            :class:`GaussianHead`, see :func:`gaussian_policy`.
         spec: the action spec of one environment row (``env.action_spec_unbatched``), ``OneHot`` or ``Categorical``; for
             a :class:`GaussianHead` continuous, ``Bounded`` or ``Unbounded``.
         temperature: 0 takes the best action (a ``QValueModule``, which also writes ``chosen_action_value``); above it,
@@ -201,11 +213,10 @@ def make_actor(
             )
         return ProbabilisticTensorDictSequential(trunk, *gaussian_policy(head, spec, action_key=action_key))
     _check_discrete(spec, network, num_actions)
-    vectors = isinstance(network, VectorHead)
     modules, scores = [trunk, head], head.out_keys[0]
-    if vectors or num_actions is not None or action_mask_key is not None:
-        source, scores = scores, VEC_DQN_SCORES if vectors else ACTION_VALUE
-        modules.append(_ActionScores(source, scores, spec.space.n, vectors, action_mask_key))
+    if isinstance(network, VectorHead | MultiDiscountHead) or num_actions is not None or action_mask_key is not None:
+        source, scores = scores, VEC_DQN_SCORES if isinstance(network, VectorHead) else ACTION_VALUE
+        modules.append(_ActionScores(network, source, scores, spec.space.n, action_mask_key))
     if temperature == 0:
         out_keys = [action_key, scores, "chosen_action_value"]
         return TensorDictSequential(*modules, QValueModule(None, scores, action_mask_key, out_keys, spec=spec))
@@ -294,7 +305,7 @@ def _check_discrete(spec: TensorSpec, network: torch.nn.Module | None, num_actio
         )
     limit = None  # The actions of a network that is not ours are not known.
     if isinstance(network, SwiGLUHead):
-        limit = network.num_actions if isinstance(network, VectorHead) else network.out_dim
+        limit = getattr(network, "num_actions", network.out_dim)
     if num_actions is None:
         if limit not in (None, spec.space.n):
             raise ValueError(

@@ -122,6 +122,37 @@ class VectorHead(SwiGLUHead):
         return super().forward(hidden).reshape(*hidden.shape[:-1], self.num_actions, self.vec_dim)
 
 
+class MultiDiscountHead(SwiGLUHead):
+    """A :class:`SwiGLUHead` that gives action values for each of several discounts.
+
+    Args:
+        in_dim: size of the hidden state.
+        num_actions: number ``A`` of actions.
+        num_discounts: number ``D`` of discounts.
+        kwargs: further arguments of :class:`SwiGLUHead`.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is not positive.
+
+    Examples:
+        >>> import torch
+        >>> MultiDiscountHead(16, 5, num_discounts=3, hidden_dim=8)(torch.zeros(2, 16)).shape
+        torch.Size([2, 3, 5])
+    """
+
+    def __init__(self, in_dim: int, num_actions: int, *, num_discounts: int, **kwargs: int | float | bool) -> None:
+        check_size("MultiDiscountHead", "num_actions", num_actions)
+        check_size("MultiDiscountHead", "num_discounts", num_discounts)
+        super().__init__(in_dim, num_discounts * num_actions, **kwargs)  # type: ignore[arg-type]
+        self.num_actions = num_actions
+        self.num_discounts = num_discounts
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns action values ``[*, D, A]`` of hidden states ``[*, in_dim]``."""
+        return super().forward(hidden).reshape(*hidden.shape[:-1], self.num_discounts, self.num_actions)
+
+
 class GaussianHead(SwiGLUHead):
     """The location and the raw scale of a policy over continuous actions, side by side.
 
@@ -163,13 +194,20 @@ class _HeadWithTarget(nn.Module):
 class DQNHead(_HeadWithTarget):
     """Action values ``[*, A]``: an online :class:`SwiGLUHead` and its target, as MOUSE's files hold them.
 
+    With several discounts they are ``[*, D, A]``, of a :class:`MultiDiscountHead`; one acts by the first.
+
     Losses train ``online`` and keep a target of their own, which a new loss starts from ``online``. Nothing here reads
     ``target``: it is kept for the file, where :meth:`torchrl_mouse.models.MouseModel.set_target` brings a loss's.
 
     Args:
         in_dim: size of the hidden state.
         num_actions: number ``A`` of actions.
+        num_discounts: number ``D`` of discounts, each with action values of its own; with 1 there is no such dimension.
         kwargs: further arguments of :class:`SwiGLUHead`.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is not positive.
 
     Examples:
         >>> import torch
@@ -178,8 +216,12 @@ class DQNHead(_HeadWithTarget):
         True
     """
 
-    def __init__(self, in_dim: int, num_actions: int, **kwargs: int | float | bool) -> None:
-        super().__init__(SwiGLUHead(in_dim, num_actions, **kwargs))  # type: ignore[arg-type]
+    def __init__(self, in_dim: int, num_actions: int, *, num_discounts: int = 1, **kwargs: int | float | bool) -> None:
+        super().__init__(
+            SwiGLUHead(in_dim, num_actions, **kwargs)  # type: ignore[arg-type]
+            if num_discounts == 1
+            else MultiDiscountHead(in_dim, num_actions, num_discounts=num_discounts, **kwargs)
+        )
 
 
 class VecDQNHead(_HeadWithTarget):

@@ -2,6 +2,7 @@
 
 from torchrl_mouse.objectives.common import CombinedLoss, InContextLoss
 from torchrl_mouse.objectives.dqn import MouseDQNLoss
+from torchrl_mouse.objectives.iql import MouseIQLLoss
 from torchrl_mouse.objectives.supervised import SupervisedPolicyLoss, SupervisedValueLoss
 from torchrl_mouse.objectives.vec_dqn import VecDQNLoss
 
@@ -9,6 +10,7 @@ __all__ = [
     "CombinedLoss",
     "InContextLoss",
     "MouseDQNLoss",
+    "MouseIQLLoss",
     "SupervisedPolicyLoss",
     "SupervisedValueLoss",
     "VecDQNLoss",

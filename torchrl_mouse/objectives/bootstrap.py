@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,10 +10,12 @@ import torch
 from tensordict.utils import unravel_key
 
 from torchrl_mouse import schema
-from torchrl_mouse.functional import normalize_reward
+from torchrl_mouse.functional import episode_discount, normalize_reward, td_target
 from torchrl_mouse.objectives.common import InContextLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tensordict import TensorDictBase
     from tensordict.nn import TensorDictModule, TensorDictModuleBase
     from tensordict.utils import NestedKey
@@ -47,6 +50,7 @@ class BootstrappingLoss(InContextLoss):
         priority: NestedKey = "td_error"
 
     default_keys = _AcceptedKeys
+    min_steps = 2
 
     def __init__(
         self,
@@ -83,20 +87,36 @@ class BootstrappingLoss(InContextLoss):
     def _target_output(self, steps: TensorDictBase) -> torch.Tensor:
         """Returns the target head's output at the same frames, without gradient."""
         with torch.no_grad(), self.target_head_params.to_module(self.head, preserve_module_state=False):
-            return self._output(self.head(steps.select(*self.head.in_keys)))
+            return self._output(self.head(steps.select(*self.head.in_keys)), self.head)
 
-    def _actions(self, steps: TensorDictBase, num_actions: int, valid: torch.Tensor) -> torch.Tensor:
+    def _actions(
+        self, steps: TensorDictBase, num_actions: int, valid: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Returns the actions in the data, int64 ``[*, T]``; 0 where invalid."""
         key = self.tensor_keys.action
         action = schema.to_ids(schema.require(steps, key), num_actions, steps.ndim, key)
         action = action.masked_fill(~valid, 0)
         schema.check_ids(action, num_actions, key)
+        if mask is not None and schema.can_look_at(action):
+            forbidden = valid & ~mask.gather(-1, action.unsqueeze(-1)).squeeze(-1)
+            if forbidden.any():
+                where = tuple(forbidden.nonzero()[0].tolist())
+                raise ValueError(
+                    f"{type(self).__name__}: entry {key!r} must hold actions that {self.tensor_keys.action_mask!r} "
+                    f"allows, got {int(action[where])} at {where}. Fix the mask, or leave the step out of the loss."
+                )
         return action
 
     def _rewards(self, steps: TensorDictBase, valid: torch.Tensor) -> torch.Tensor:
         """Returns the rewards ``[*, T]``, normalised where asked; 0 where invalid, whatever stands there."""
         reward = self._next(steps, self.tensor_keys.reward)
         reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
+        if schema.can_look_at(reward) and not torch.where(valid, reward, 0.0).isfinite().all():
+            where = tuple((valid & ~reward.isfinite()).nonzero()[0].tolist())
+            raise ValueError(
+                f"{type(self).__name__}: entry {('next', self.tensor_keys.reward)!r} must be finite, got "
+                f"{reward[where].item()} at {where}. Fix the data, or leave the step out of the loss."
+            )
         return normalize_reward(reward, valid, **self.normalization)
 
     def _ends(self, steps: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,13 +127,15 @@ class BootstrappingLoss(InContextLoss):
         )
         return done, terminated, truncated
 
-    def _ahead(self, value: torch.Tensor, steps: TensorDictBase, beyond: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """Returns the value of the next frame, or the frame after it, and whether that one is in window and task.
+    def _successor(self, steps: TensorDictBase, beyond: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns where the next frame is, or the frame after it, and whether that one is in window and task.
 
         Args:
-            value: ``[*, T]`` or ``[*, T, V]``.
             steps: steps ``[*, T]``.
             beyond: bool ``[*, T]``: the frame after the next one, as the next is a terminal frame.
+
+        Returns:
+            int64 ``[*, T, 1]``, for ``take_along_dim(..., -2)``, and bool ``[*, T]``.
         """
         is_init = schema.require(steps, self.tensor_keys.is_init, "bool").reshape(steps.shape)
         num = is_init.shape[-1]
@@ -121,7 +143,7 @@ class BootstrappingLoss(InContextLoss):
         at = index.clamp(max=num - 1)
         task = is_init.cumsum(-1)
         inside = (index < num) & (task.gather(-1, at) == task)
-        return value.take_along_dim(at.reshape(at.shape + (1,) * (value.ndim - at.ndim)), is_init.ndim - 1), inside
+        return at.unsqueeze(-1), inside
 
     def _write_priority(self, tensordict: TensorDictBase, error: torch.Tensor, valid: torch.Tensor) -> None:
         priority = torch.where(valid, error.detach(), 0.0).unsqueeze(-1)
@@ -130,3 +152,88 @@ class BootstrappingLoss(InContextLoss):
     @staticmethod
     def _next(steps: TensorDictBase, key: NestedKey, kind: Literal["bool"] | None = None) -> torch.Tensor:
         return schema.require(steps, unravel_key(("next", key)), kind).reshape(steps.shape)
+
+
+class DiscountedLoss(BootstrappingLoss):
+    """Base of the losses whose target is a discounted return.
+
+    .. code-block:: text
+
+        y[t] = reward_scale * reward[t + 1] + reward_shift + discount[t] * V[t + 1]
+
+    ``discount`` is ``gamma`` while an episode runs, ``gamma_truncated`` where a step limit cuts it and
+    ``gamma_terminal`` where it terminates. With ``gamma_terminal > 0`` returns span episodes, so that what is learned
+    about a task is worth something: an episode's last transition, however it ended, bootstraps from the next episode's
+    first frame. The discount is zero where the task ends. Steps at terminal frames, padding, and steps whose successor
+    lies outside the window are left out.
+
+    Args:
+        head: as in :class:`BootstrappingLoss`.
+        gamma: discount per step, in [0, 1]; or several, for a head with an output for each.
+        gamma_terminal: discount over an episode's termination, in [0, 1].
+        gamma_truncated: discount over an episode's truncation, in [0, 1]; ``gamma`` by default.
+        n_steps: how many rewards a target adds up before it bootstraps; fewer where the window ends, or a step limit
+            cuts an episode over which returns do not span. They are the data's, as is: good actions of a bad policy
+            are valued too low, but what is learned spreads faster.
+        options: of :class:`BootstrappingLoss`.
+
+    Raises:
+        ValueError: an option is out of range.
+    """
+
+    _schedulable_buffers = frozenset({"gamma"})
+    gamma: torch.Tensor
+
+    def __init__(
+        self,
+        head: TensorDictModule,
+        *,
+        gamma: float | Sequence[float] = 0.99,
+        gamma_terminal: float = 0.0,
+        gamma_truncated: float | None = None,
+        n_steps: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(head, **options)
+        several = list(gamma) if isinstance(gamma, Iterable) else [gamma]
+        if not several:
+            raise ValueError(f"{type(self).__name__}: gamma must hold a discount, got {gamma}.")
+        given = {"gamma": several, "gamma_terminal": [gamma_terminal], "gamma_truncated": [gamma_truncated]}
+        for name, value in ((name, value) for name, values in given.items() for value in values):
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{type(self).__name__}: {name} must lie in [0, 1], got {value}.")
+        if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
+            raise ValueError(f"{type(self).__name__}: n_steps must be an integer of at least 1, got {n_steps!r}.")
+        self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float32))
+        self.gamma_terminal = gamma_terminal
+        self.gamma_truncated = gamma_truncated
+        self.n_steps = n_steps
+
+    def _returns(self, steps: TensorDictBase, state_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the targets of a step's value for each discount ``[*, T, D]``, and which steps have one ``[*, T]``.
+
+        Args:
+            steps: steps ``[*, T]``.
+            state_value: the values to bootstrap from, ``[*, T, D]``.
+        """
+        done, terminated, truncated = (end.unsqueeze(-1) for end in self._ends(steps))
+        discount = episode_discount(
+            terminated,
+            truncated,
+            gamma=self.gamma,
+            gamma_terminal=self.gamma_terminal,
+            gamma_truncated=self.gamma_truncated,
+        )
+        discount = discount.to(state_value.dtype).masked_fill(done, 0.0)
+        # Where returns span episodes, play goes on after the terminal frame, at which nothing is decided.
+        beyond = ((terminated | truncated) & (self.gamma_terminal > 0)).squeeze(-1)
+        successor, inside = self._successor(steps, beyond)
+        valid = self._decisions(steps) & (inside | (discount == 0).all(-1))
+        discount = discount.masked_fill(~valid.unsqueeze(-1), 0.0)
+        reward = self._rewards(steps, valid).to(state_value.dtype).unsqueeze(-1)
+        value = state_value
+        for _ in range(self.n_steps):  # Each round makes the returns from every valid step one reward longer.
+            following = value.take_along_dim(successor, -2)
+            target = td_target(reward, following, discount, scale=self.reward_scale, shift=self.reward_shift)
+            value = torch.where(valid.unsqueeze(-1), target, state_value)
+        return target, valid

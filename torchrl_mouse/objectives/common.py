@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,14 @@ class InContextLoss(LossModule):
     The trunk runs once, over the root sequence, whose windows begin a context at index 0; a loss shifts inside the
     window for what comes next. Losses that share a trunk are built without one and combined by :class:`CombinedLoss`.
 
+    Steps at terminal frames, where nothing is decided, are left out, and those that a mask excludes, as everywhere in
+    TorchRL: ``("collector", "mask")`` where it is there, or the entry that ``loss.loss_mask_key`` names.
+    A batch in which no step is left costs zero, with a warning.
+
+    Where actions are not always allowed, ``loss.set_keys(action_mask="action_mask")`` names the entry, bool
+    ``[*, T, A]``, that is true where one is. It is read at every frame; where it allows none, as may be at an episode's
+    end, all count.
+
     Args:
         head: reads ``hidden`` and writes the head's output.
         trunk: writes ``hidden``; ``None`` where the input holds it already. It has no target: a slowly moving copy of
@@ -44,10 +53,12 @@ class InContextLoss(LossModule):
         terminated: NestedKey = schema.PREVIOUS_TERMINATED
         truncated: NestedKey = schema.PREVIOUS_TRUNCATED
         priority_weight: NestedKey = "priority_weight"
+        action_mask: NestedKey | None = None
 
     tensor_keys: Any
     default_keys: Any = _AcceptedKeys
-    output_ndim = 1  # dimensions of the head's output at a step
+    output_dims: tuple[str, ...] = ("A",)  # of the head's output at a step
+    min_steps = 1
     head: TensorDictModule
     head_params: TensorDictParams
     target_head_params: TensorDictParams
@@ -77,10 +88,11 @@ class InContextLoss(LossModule):
     @property
     def in_keys(self) -> list[NestedKey]:
         """The entries that the loss reads."""
-        if self._in_keys is None:
-            read = [key for key in self.trunk.in_keys if key != schema.STREAM] if self.has_trunk else [schema.HIDDEN]
-            self._in_keys = list(dict.fromkeys(unravel_key_list([*read, *self._loss_keys()])))
-        return self._in_keys
+        if self._in_keys is not None:
+            return self._in_keys
+        read = [key for key in self.trunk.in_keys if key != schema.STREAM] if self.has_trunk else [schema.HIDDEN]
+        named = [key for key in (self.tensor_keys.action_mask, self.loss_mask_key) if key not in (None, "auto")]
+        return list(dict.fromkeys(unravel_key_list([*read, *self._loss_keys(), *named])))
 
     @in_keys.setter
     def in_keys(self, keys: list[NestedKey]) -> None:
@@ -96,6 +108,11 @@ class InContextLoss(LossModule):
         """Returns the steps with the trunk's and the head's outputs; the input is left as it was."""
         if tensordict.ndim == 0:
             raise ValueError(f"{type(self).__name__}: steps must be [*, T], got no time dimension.")
+        if tensordict.shape[-1] < self.min_steps:
+            raise ValueError(
+                f"{type(self).__name__}: windows must have at least {self.min_steps} steps, as each is compared with "
+                f"the next one, got {tuple(tensordict.shape)}. Sample longer windows."
+            )
         steps = tensordict.copy()
         if self.has_trunk:
             with self.trunk_params.to_module(self.trunk, preserve_module_state=False):
@@ -104,11 +121,11 @@ class InContextLoss(LossModule):
             self.head(steps)
         return steps
 
-    def _output(self, steps: TensorDictBase) -> torch.Tensor:
-        """Returns the head's output, in float32 at least: sums of a narrower type lose what losses are about."""
-        output: torch.Tensor = steps.get(self.head.out_keys[0])
-        if output.ndim != steps.ndim + self.output_ndim:
-            shape = ["A", "A, V"][self.output_ndim - 1]
+    def _output(self, steps: TensorDictBase, head: TensorDictModule) -> torch.Tensor:
+        """Returns a head's output, in float32 at least: sums of a narrower type lose what losses are about."""
+        output: torch.Tensor = steps.get(head.out_keys[0])
+        if output.ndim != steps.ndim + len(self.output_dims):
+            shape = ", ".join(self.output_dims)
             raise ValueError(
                 f"{type(self).__name__}: the head must write [*, T, {shape}], got {tuple(output.shape)} for steps "
                 f"{tuple(steps.shape)}. Take the head that the loss is for."
@@ -116,11 +133,35 @@ class InContextLoss(LossModule):
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
     def _decisions(self, steps: TensorDictBase) -> torch.Tensor:
+        """Returns the steps at which something was decided that no mask excludes; bool ``[*, T]``."""
         keys = self.tensor_keys
-        return schema.decision_mask(steps, terminated=keys.terminated, truncated=keys.truncated)
+        decisions = ~schema.is_terminal_frame(steps, terminated=keys.terminated, truncated=keys.truncated)
+        for key in self._loss_mask_keys():
+            if self.loss_mask_key != "auto" or steps.get(key, None) is not None:
+                decisions = decisions & schema.require(steps, key, "bool").reshape(decisions.shape)
+        return decisions
+
+    def _action_mask(self, steps: TensorDictBase, num_actions: int) -> torch.Tensor | None:
+        """Returns which actions are allowed, bool ``[*, T, A]``, one at least; ``None`` where all are."""
+        key = self.tensor_keys.action_mask
+        if key is None:
+            return None
+        mask = schema.require(steps, key, "bool")
+        if mask.shape != (*steps.shape, num_actions):
+            raise ValueError(
+                f"{type(self).__name__}: entry {key!r} must hold a flag for each of the head's {num_actions} actions, "
+                f"got {tuple(mask.shape)} for steps {tuple(steps.shape)}. Give both the same number of actions."
+            )
+        return mask | ~mask.any(-1, keepdim=True)
 
     def _reduce(self, loss: torch.Tensor, valid: torch.Tensor, tensordict: TensorDictBase) -> torch.Tensor:
         """Reduces a loss ``[*, T]`` over the valid steps; a batch without any costs zero."""
+        if schema.can_look_at(valid) and not valid.any():
+            warnings.warn(
+                f"{type(self).__name__}: a batch must hold a step to learn from, got none in {tuple(valid.shape)}: its "
+                "loss is zero. Look at its masks, ends of episodes, and windows' lengths.",
+                stacklevel=2,
+            )
         weights = self._maybe_get_priority_weight(tensordict)
         loss = torch.where(valid, loss, 0.0)
         if weights is not None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 
-from torchrl_mouse.functional import dqn_costs, episode_discount, masked_moments, td_target
-from torchrl_mouse.objectives.bootstrap import BootstrappingLoss
+from torchrl_mouse.functional import dqn_costs, masked_moments
+from torchrl_mouse.objectives.bootstrap import DiscountedLoss
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
-class MouseDQNLoss(BootstrappingLoss):
+class MouseDQNLoss(DiscountedLoss):
     """The in-context DQN loss with CQL, over whole windows of experience.
 
     .. code-block:: text
@@ -23,27 +26,25 @@ class MouseDQNLoss(BootstrappingLoss):
         loss_dqn = mean (Q - y)^2
         loss_cql = mean cql_weight * (|y| + cql_scale_q_eps) * (logsumexp_a head(hidden)[t] - Q)
 
-    ``discount`` is ``gamma`` while an episode runs, ``gamma_truncated`` where a step limit cuts it and
-    ``gamma_terminal`` where it terminates. With ``gamma_terminal > 0`` returns span episodes, so that what is learned
-    about a task is worth something: an episode's last transition, however it ended, bootstraps from the next episode's
-    first frame. The discount is zero where the task ends. Steps at terminal frames, padding, and steps whose successor
-    lies outside the window are left out.
-
-    The trunk is shared and moves; the head alone has a target. (Mnih et al. 2015; Kumar et al. 2020,
+    What ``discount`` is, which steps count and how returns span episodes:
+    :class:`~torchrl_mouse.objectives.bootstrap.DiscountedLoss`. Actions that are not allowed are no maximum, and are
+    not pushed down. The trunk is shared and moves; the head alone has a target. (Mnih et al. 2015; Kumar et al. 2020,
     arXiv:2006.04779; in context: arXiv:2502.17666.)
 
     Args:
-        head: reads ``hidden`` and writes action values ``[*, A]`` as its only output.
-        gamma: discount per step, in [0, 1].
-        gamma_terminal: discount over an episode's termination, in [0, 1].
-        gamma_truncated: discount over an episode's truncation, in [0, 1]; ``gamma`` by default.
+        head: reads ``hidden`` and writes action values ``[*, A]`` as its only output; with several discounts
+            ``[*, D, A]`` (a :class:`~torchrl_mouse.modules.DQNHead` with ``num_discounts``).
+        gamma: discount per step, in [0, 1]; or several. The first is the one to act by, and that metrics and
+            priorities are about; what is learned for the others shapes the trunk (Fedus et al. 2019, arXiv:1902.06865).
+            The losses are means over them.
         cql_weight: weight of the conservative penalty, at least 0.
         cql_scale_q: scale the penalty of a step with ``|y| + cql_scale_q_eps`` (MOUSE), or leave it plain.
         cql_scale_q_eps: the penalty's factor where ``y`` is zero.
         double_dqn: the online head chooses the next action, which the target head values: it then overestimates less
             (van Hasselt et al. 2016, arXiv:1509.06461).
         options: ``trunk``, ``delay_value``, ``reduction``, ``reward_scale``, ``reward_shift`` and MOUSE's normalisation
-            of the reward, see :class:`~torchrl_mouse.objectives.bootstrap.BootstrappingLoss`.
+            of the reward, see :class:`~torchrl_mouse.objectives.bootstrap.BootstrappingLoss`; ``gamma_terminal``,
+            ``gamma_truncated`` and ``n_steps``, see :class:`~torchrl_mouse.objectives.bootstrap.DiscountedLoss`.
 
     Raises:
         ValueError: an option is out of range.
@@ -69,30 +70,23 @@ class MouseDQNLoss(BootstrappingLoss):
         "q_values_target",
         "cql_penalty",
     ]
-    _schedulable_buffers = frozenset({"gamma"})
 
     def __init__(
         self,
         head: TensorDictModule,
         *,
-        gamma: float = 0.99,
-        gamma_terminal: float = 0.0,
-        gamma_truncated: float | None = None,
+        gamma: float | Sequence[float] = 0.99,
         cql_weight: float = 0.0,
         cql_scale_q: bool = True,
         cql_scale_q_eps: float = 1.0,
         double_dqn: bool = False,
         **options: Any,
     ) -> None:
-        super().__init__(head, **options)
-        for name, value in (("gamma", gamma), ("gamma_terminal", gamma_terminal), ("gamma_truncated", gamma_truncated)):
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"MouseDQNLoss: {name} must lie in [0, 1], got {value}.")
+        super().__init__(head, gamma=gamma, **options)
         if cql_weight < 0:
             raise ValueError(f"MouseDQNLoss: cql_weight must be at least 0, got {cql_weight}.")
-        self.register_buffer("gamma", torch.tensor(gamma))
-        self.gamma_terminal = gamma_terminal
-        self.gamma_truncated = gamma_truncated
+        if self.gamma.ndim:
+            self.output_dims = ("D", "A")
         self.cql_weight = cql_weight
         self.cql_scale_q = cql_scale_q
         self.cql_scale_q_eps = cql_scale_q_eps
@@ -113,50 +107,45 @@ class MouseDQNLoss(BootstrappingLoss):
         Raises:
             KeyError: an entry is missing.
             TypeError: a mark of an end or a start is not boolean.
-            ValueError: an action is out of range, or the steps have no time dimension.
+            ValueError: an action is out of range or not allowed, a reward is not finite, the window has one step, or
+                the head writes another shape.
         """
         steps = self._predict(tensordict)
-        action_value = self._output(steps)  # (*, T, A)
-        target = self._target_output(steps)
-        best = (action_value.detach() if self.double_dqn else target).argmax(-1, keepdim=True)
-        discount, next_value, valid = self._bootstrap(steps, target.gather(-1, best).squeeze(-1))
-        action = self._actions(steps, action_value.shape[-1], valid)
-        reward = self._rewards(steps, valid).to(action_value.dtype)
-        y = td_target(reward, next_value, discount, scale=self.reward_scale, shift=self.reward_shift)
+        action_value = self._by_discount(self._output(steps, self.head))
+        target = self._by_discount(self._target_output(steps))
+        mask = self._action_mask(steps, action_value.shape[-1])
+        choice = action_value.detach() if self.double_dqn else target
+        if mask is not None:
+            choice = choice.masked_fill(~mask.unsqueeze(-2), -torch.inf)
+        y, valid = self._returns(steps, target.gather(-1, choice.argmax(-1, keepdim=True)).squeeze(-1))
+        action = self._actions(steps, action_value.shape[-1], valid, mask)
         costs = dqn_costs(
             action_value,
-            action,
+            action.unsqueeze(-1).expand_as(y),
             y,
             cql_weight=self.cql_weight,
             cql_scale_q=self.cql_scale_q,
             cql_scale_q_eps=self.cql_scale_q_eps,
+            action_mask=None if mask is None else mask.unsqueeze(-2),
         )
-        self._write_priority(tensordict, (costs.chosen_action_value - y).abs(), valid)
+        chosen, y, penalty = costs.chosen_action_value[..., 0], y[..., 0], costs.cql_penalty[..., 0]
+        self._write_priority(tensordict, (chosen - y).abs(), valid)
         losses = {
-            "loss_dqn": self._reduce(costs.dqn, valid, tensordict),
-            "loss_cql": self._reduce(costs.cql, valid, tensordict),
+            "loss_dqn": self._reduce(costs.dqn.mean(-1), valid, tensordict),
+            "loss_cql": self._reduce(costs.cql.mean(-1), valid, tensordict),
         }
-        return TensorDict({**losses, **_metrics(costs.chosen_action_value, y, costs.cql_penalty, valid)})
+        return TensorDict({**losses, **_metrics(chosen, y, penalty, valid)})
 
-    def _bootstrap(
-        self, steps: TensorDictBase, state_value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns the discounts, the values they apply to, and which steps have both; all ``[*, T]``."""
-        done, terminated, truncated = self._ends(steps)
-        gamma: Any = self.gamma
-        discount = episode_discount(
-            terminated,
-            truncated,
-            gamma=gamma,
-            gamma_terminal=self.gamma_terminal,
-            gamma_truncated=self.gamma_truncated,
-        )
-        discount = discount.to(state_value.dtype).masked_fill(done, 0.0)
-        # Where returns span episodes, play goes on after the terminal frame, at which nothing is decided.
-        beyond = (terminated | truncated) & (self.gamma_terminal > 0)
-        next_value, inside = self._ahead(state_value, steps, beyond)
-        valid = self._decisions(steps) & (inside | (discount == 0))
-        return discount.masked_fill(~valid, 0.0), next_value, valid
+    def _by_discount(self, action_value: torch.Tensor) -> torch.Tensor:
+        """Returns action values ``[*, T, D, A]``, with ``D`` 1 where there is one discount."""
+        if not self.gamma.ndim:
+            return action_value.unsqueeze(-2)
+        if action_value.shape[-2] != len(self.gamma):
+            raise ValueError(
+                f"MouseDQNLoss: the head must write action values for each of gamma's {len(self.gamma)} discounts, "
+                f"got {action_value.shape[-2]}. Build it with num_discounts={len(self.gamma)}."
+            )
+        return action_value
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 
@@ -60,12 +61,14 @@ class _TeacherLoss(InContextLoss):
             ValueError: the teacher has another number of actions than the head.
         """
         q_star = schema.require(tensordict, self.tensor_keys.q_star)
-        output = self._output(self._predict(tensordict))
+        output = self._output(self._predict(tensordict), self.head)
         if q_star.shape != output.shape:
             raise ValueError(
                 f"{type(self).__name__}: entry {self.tensor_keys.q_star!r} must have the head's shape "
                 f"{tuple(output.shape)}, got {tuple(q_star.shape)}. Give both the same number of actions."
             )
+        if (mask := self._action_mask(tensordict, output.shape[-1])) is not None:
+            q_star = q_star.masked_fill(~mask, -torch.inf)
         cost = self.losses[self.loss_type](output, q_star.to(output.dtype), **self._options)
         valid = self._decisions(tensordict) & q_star.isfinite().any(-1)
         return TensorDict({self.out_keys[0]: self._reduce(cost, valid, tensordict)})

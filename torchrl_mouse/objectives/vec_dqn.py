@@ -56,7 +56,7 @@ class VecDQNLoss(BootstrappingLoss):
         priority: NestedKey = "vec_td_error"
 
     default_keys = _AcceptedKeys
-    output_ndim = 2
+    output_dims = ("A", "V")
     out_keys = [  # noqa: RUF012 - TorchRL's contract
         "loss_vec_dqn",
         "vec_dqn_score_abs_min",
@@ -81,26 +81,32 @@ class VecDQNLoss(BootstrappingLoss):
             ValueError: an action is out of range, or the steps have no time dimension.
         """
         steps = self._predict(tensordict)
-        vectors = self._output(steps)  # (*, T, A, V)
+        vectors = self._output(steps, self.head)  # (*, T, A, V)
+        mask = self._action_mask(steps, vectors.shape[-2])
         done, terminated, truncated = self._ends(steps)
-        next_vector, inside = self._ahead(greedy_vector(self._target_output(steps)), steps, terminated | truncated)
+        successor, inside = self._successor(steps, terminated | truncated)
+        next_vector = greedy_vector(self._target_output(steps), mask).take_along_dim(successor, -2)
         decisions = self._decisions(steps)
         valid = decisions & inside & ~done
-        action = self._actions(steps, vectors.shape[-2], valid)
+        action = self._actions(steps, vectors.shape[-2], valid, mask)
         reward = self._rewards(steps, valid).to(vectors.dtype)
         cost = vec_dqn_cost(vectors, action, next_vector, self.reward_scale * reward + self.reward_shift)
         self._write_priority(tensordict, cost, valid)
         loss = self._reduce(cost, valid, tensordict)
-        return TensorDict({"loss_vec_dqn": loss, **_metrics(vectors, decisions)})
+        return TensorDict({"loss_vec_dqn": loss, **_metrics(vectors, decisions, mask)})
 
 
 @torch.no_grad()
-def _metrics(vectors: torch.Tensor, decisions: torch.Tensor) -> dict[str, torch.Tensor]:
+def _metrics(
+    vectors: torch.Tensor, decisions: torch.Tensor, action_mask: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
     step = torch.arange(decisions.shape[-1], device=decisions.device)
-    last = torch.where(decisions, step, 0).amax(-1)
-    at_last = vectors.take_along_dim(last[..., None, None, None], -3).squeeze(-3)
-    size = (vec_dqn_scores(at_last).abs() / torch.pi).to(vectors.dtype)  # (*, A)
+    last = torch.where(decisions, step, 0).amax(-1)[..., None, None]
+    at_last = vectors.take_along_dim(last.unsqueeze(-1), -3).squeeze(-3)
+    allowed = None if action_mask is None else action_mask.take_along_dim(last, -2).squeeze(-2)
+    size = (vec_dqn_scores(at_last, allowed).abs() / torch.pi).to(vectors.dtype)  # (*, A)
     known = decisions.any(-1, keepdim=True).expand_as(size)
+    known = known if allowed is None else known & allowed
     metrics = {
         "min": size.masked_fill(~known, torch.inf).amin(),
         "max": size.masked_fill(~known, -torch.inf).amax(),
