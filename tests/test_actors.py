@@ -18,7 +18,15 @@ from torchrl_mouse import schema
 from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
 from torchrl_mouse.functional import vec_dqn_scores
 from torchrl_mouse.models import MouseConfig, MouseModel
-from torchrl_mouse.modules import DQNHead, StickyActions, SwiGLUHead, VecDQNHead, VectorHead, make_actor
+from torchrl_mouse.modules import (
+    DQNHead,
+    StickyActions,
+    SwiGLUHead,
+    VecDQNHead,
+    VectorHead,
+    categorical_policy,
+    make_actor,
+)
 
 SPECS = {"categorical": Categorical(5), "one-hot": OneHot(5, dtype=torch.int64)}
 HEADS = {
@@ -369,3 +377,32 @@ def test_sticky_actions_in_a_collector():
     moved = batch["episode_step"].squeeze(-1) > 0
     same = (batch["action"] == batch["previous", "action"])[moved]
     assert same.float().mean().item() == pytest.approx(0.5 + 0.5 / 5, abs=0.08)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_categorical_policy_draws_and_gives_the_log_probability(kind):
+    head = TensorDictModule(SwiGLUHead(16, 5), [schema.HIDDEN], ["sp"])
+    policy = categorical_policy(head, SPECS[kind])
+    hidden = torch.randn(1, 16).expand(20_000, 16)
+    out = policy(TensorDict({schema.HIDDEN: hidden}, [20_000]))
+    ids = as_ids(out[schema.ACTION], kind)
+    log_policy = head.module(hidden).log_softmax(-1)
+    torch.testing.assert_close(out["action_log_prob"], log_policy.gather(-1, ids.unsqueeze(-1)).squeeze(-1))
+    observed = torch.bincount(ids, minlength=5) / 20_000
+    assert (observed - log_policy[0].exp()).abs().max() < 0.02  # five standard deviations
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        best = as_ids(policy(TensorDict({schema.HIDDEN: hidden[:1]}, [1]))[schema.ACTION], kind)
+    assert best == log_policy[0].argmax()
+
+
+@pytest.mark.parametrize(
+    ("network", "spec", "error", "match"),
+    [
+        (VectorHead(16, 5, vec_dim=2), Categorical(5), TypeError, r"must write logits \[\*, A\], got VectorHead"),
+        (SwiGLUHead(16, 4), Categorical(5), ValueError, "categorical_policy: the action space must have the head's 4"),
+        (SwiGLUHead(16, 5), Bounded(-1, 1, (5,)), TypeError, "categorical_policy: the action spec must be Categorical"),
+    ],
+)
+def test_categorical_policy_refuses(network, spec, error, match):
+    with pytest.raises(error, match=match):
+        categorical_policy(TensorDictModule(network, [schema.HIDDEN], ["sp"]), spec)

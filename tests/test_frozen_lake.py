@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from torchrl.envs import ParallelEnv, SerialEnv
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_mouse.envs import FrozenLakeEnv, TaskEnv
+from torchrl_mouse.envs import FrozenLakeEnv, TaskEnv, oracle_policy
+from torchrl_mouse.envs.frozen_lake import optimal_action_values
 
 torch.set_num_threads(1)
 
@@ -98,3 +100,34 @@ def test_seed_repeats_the_rollout():
 def test_error():
     with pytest.raises(ValueError, match="size must be at least 2, got 1"):
         FrozenLakeEnv(1)
+
+
+@pytest.mark.parametrize("is_slippery", [False, True])
+def test_teacher_values_satisfy_the_bellman_equation(is_slippery):
+    env = FrozenLakeEnv(5, seed=1, is_slippery=is_slippery, teacher=True, teacher_gamma=0.9)
+    check_env_specs(env)
+    transitions = env.unwrapped.P
+    q_star = torch.from_numpy(optimal_action_values(transitions, 0.9))
+    for state, actions in transitions.items():
+        for action, outcomes in actions.items():
+            backup = sum(p * (r + (0.0 if end else 0.9 * q_star[to].max().item())) for p, to, r, end in outcomes)
+            assert q_star[state, action].item() == pytest.approx(backup, abs=1e-5)
+    frame = env.reset()
+    assert torch.equal(frame["q_star"], q_star[0])
+    following = env.step(frame.set("action", torch.tensor(1)))["next"]
+    assert torch.equal(following["q_star"], q_star[following["observation_discrete"]])
+
+
+def test_teacher_walks_the_shortest_way_on_every_map():
+    env = TaskEnv(FrozenLakeEnv(seed=0, teacher=True, teacher_gamma=0.5), episodes_per_task=1)
+    for _ in range(5):
+        steps = env.rollout(99, oracle_policy())
+        assert steps["next", "reward"][-1].item() == 1
+        # A step closer to the goal doubles the value.
+        assert len(steps) == 1 - math.log2(steps["q_star"][0].max().item())
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_teacher_gamma_out_of_range(value):
+    with pytest.raises(ValueError, match=rf"FrozenLakeEnv: teacher_gamma must lie in \(0, 1\), got {value}"):
+        FrozenLakeEnv(teacher=True, teacher_gamma=value)

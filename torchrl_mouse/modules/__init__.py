@@ -1,6 +1,6 @@
 """Networks: embedder, backbone and its cache, trunk, heads, actors."""
 
-from torchrl_mouse.modules.actors import StickyActions, gaussian_policy, make_actor
+from torchrl_mouse.modules.actors import StickyActions, categorical_policy, gaussian_policy, make_actor
 from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
 from torchrl_mouse.modules.heads import DQNHead, GaussianHead, MultiDiscountHead, SwiGLUHead, VecDQNHead, VectorHead
@@ -26,6 +26,7 @@ __all__ = [
     "VecDQNHead",
     "VectorHead",
     "backbone_kwargs_from_pretrained",
+    "categorical_policy",
     "embedding_kwargs_from_specs",
     "gaussian_policy",
     "load_pretrained_layers",

@@ -212,7 +212,7 @@ def make_actor(
                 "set_exploration_type to act without chance."
             )
         return ProbabilisticTensorDictSequential(trunk, *gaussian_policy(head, spec, action_key=action_key))
-    _check_discrete(spec, network, num_actions)
+    _check_discrete("make_actor", spec, network, num_actions)
     modules, scores = [trunk, head], head.out_keys[0]
     if isinstance(network, VectorHead | MultiDiscountHead) or num_actions is not None or action_mask_key is not None:
         source, scores = scores, VEC_DQN_SCORES if isinstance(network, VectorHead) else ACTION_VALUE
@@ -226,7 +226,7 @@ def make_actor(
         in_keys=[LOGITS],
         out_keys=[action_key],
         spec=spec,
-        distribution_class=OneHotCategorical if isinstance(spec, OneHotSpec) else Categorical,
+        distribution_class=_distribution(spec),
         default_interaction_type=InteractionType.RANDOM,
     )
 
@@ -292,15 +292,59 @@ def gaussian_policy(head: TensorDictModule, spec: TensorSpec, *, action_key: Nes
     )
 
 
+def categorical_policy(
+    head: TensorDictModule, spec: TensorSpec, *, action_key: NestedKey = ACTION
+) -> ProbabilisticActor:
+    """Composes the policy over discrete actions that TorchRL's losses take as actor network; it reads ``hidden``.
+
+    It writes the head's logits, draws the action and writes its log-probability.
+
+    Args:
+        head: reads ``hidden`` and writes logits ``[*, A]``, as a model's ``sp`` head does.
+        spec: the action spec of one environment row (``env.action_spec_unbatched``), ``OneHot`` or ``Categorical``.
+        action_key: where the action is written.
+
+    Raises:
+        TypeError: a space that is not discrete, or a head of another kind.
+        ValueError: another number of actions than the head's.
+
+    Examples:
+        >>> from tensordict import TensorDict
+        >>> head = TensorDictModule(SwiGLUHead(16, 5), ["hidden"], ["sp"])
+        >>> out = categorical_policy(head, CategoricalSpec(5))(TensorDict({"hidden": torch.zeros(3, 16)}, [3]))
+        >>> out["action"].shape, out["action_log_prob"].shape
+        (torch.Size([3]), torch.Size([3]))
+    """
+    network = _network(head)
+    if isinstance(network, VectorHead | MultiDiscountHead | GaussianHead):
+        raise TypeError(
+            f"categorical_policy: the head must write logits [*, A], got {type(network).__name__}. Use a SwiGLUHead."
+        )
+    _check_discrete("categorical_policy", spec, network, None)
+    return ProbabilisticActor(
+        TensorDictSequential(head),
+        in_keys={"logits": head.out_keys[0]},
+        out_keys=[action_key],
+        spec=spec,
+        distribution_class=_distribution(spec),
+        return_log_prob=True,
+        default_interaction_type=InteractionType.RANDOM,
+    )
+
+
+def _distribution(spec: TensorSpec) -> type:
+    return OneHotCategorical if isinstance(spec, OneHotSpec) else Categorical
+
+
 def _network(head: TensorDictModule) -> torch.nn.Module | None:
     module: torch.nn.Module | None = getattr(head, "module", None)
     return module.online if isinstance(module, DQNHead | VecDQNHead) else module
 
 
-def _check_discrete(spec: TensorSpec, network: torch.nn.Module | None, num_actions: int | None) -> None:
+def _check_discrete(where: str, spec: TensorSpec, network: torch.nn.Module | None, num_actions: int | None) -> None:
     if type(spec) not in (CategoricalSpec, OneHotSpec):  # TorchRL's spaces of several choices are their subclasses
         raise TypeError(
-            f"make_actor: the action spec must be Categorical or OneHot, got {type(spec).__name__} for a head of type "
+            f"{where}: the action spec must be Categorical or OneHot, got {type(spec).__name__} for a head of type "
             f"{type(network).__name__}. Continuous spaces need a GaussianHead; encode others as one choice."
         )
     limit = None  # The actions of a network that is not ours are not known.
@@ -309,10 +353,10 @@ def _check_discrete(spec: TensorSpec, network: torch.nn.Module | None, num_actio
     if num_actions is None:
         if limit not in (None, spec.space.n):
             raise ValueError(
-                f"make_actor: the action space must have the head's {limit} actions, got {spec.space.n}. "
+                f"{where}: the action space must have the head's {limit} actions, got {spec.space.n}. "
                 "Build the model with max_num_actions set to it, or give num_actions to act with the first of them."
             )
         return
-    check_size("make_actor", "num_actions", num_actions, most=limit)
+    check_size(where, "num_actions", num_actions, most=limit)
     if num_actions != spec.space.n:
-        raise ValueError(f"make_actor: num_actions must be the action space's {spec.space.n}, got {num_actions}.")
+        raise ValueError(f"{where}: num_actions must be the action space's {spec.space.n}, got {num_actions}.")

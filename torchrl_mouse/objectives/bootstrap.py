@@ -167,6 +167,10 @@ class DiscountedLoss(BootstrappingLoss):
     first frame. The discount is zero where the task ends. Steps at terminal frames, padding, and steps whose successor
     lies outside the window are left out.
 
+    .. note:: Without ``gamma_terminal`` a cut episode bootstraps from its terminal frame, at which nothing is decided
+        and so nothing is learned: the value there is what the network makes of all other frames. Where many episodes
+        are cut, let returns span them, or set ``gamma_truncated=0``.
+
     Args:
         head: as in :class:`BootstrappingLoss`.
         gamma: discount per step, in [0, 1]; or several, for a head with an output for each.
@@ -195,10 +199,14 @@ class DiscountedLoss(BootstrappingLoss):
         **options: Any,
     ) -> None:
         super().__init__(head, **options)
-        several = list(gamma) if isinstance(gamma, Iterable) else [gamma]
+        several: list[float | None] = list(gamma) if isinstance(gamma, Iterable) else [gamma]
         if not several:
             raise ValueError(f"{type(self).__name__}: gamma must hold a discount, got {gamma}.")
-        given = {"gamma": several, "gamma_terminal": [gamma_terminal], "gamma_truncated": [gamma_truncated]}
+        given: dict[str, list[float | None]] = {
+            "gamma": several,
+            "gamma_terminal": [gamma_terminal],
+            "gamma_truncated": [gamma_truncated],
+        }
         for name, value in ((name, value) for name, values in given.items() for value in values):
             if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{type(self).__name__}: {name} must lie in [0, 1], got {value}.")

@@ -187,7 +187,11 @@ class CombinedLoss(LossModule):
     .. note:: Where a task ends inside a window, ``("next", "hidden")`` is that of the next task's first frame. Losses
         do not bootstrap from it where ``("next", "terminated")`` is set; where a task was cut by a limit, point them to
         its end: ``loss.set_keys(terminated="done")``. They bootstrap over the ends of episodes inside a task, unless
-        pointed at ``("previous", "terminated")``.
+        both ``terminated`` and ``done`` are pointed there, as ``("previous", "terminated")``.
+
+    .. note:: A critic learns nothing at steps that ``("collector", "mask")`` leaves out, such as terminal frames; where
+        it bootstraps over the ends of episodes, it bootstraps from those. Leave the mask off there, or let returns end
+        with the episode. ``normalize_advantage=True`` of PPO takes the mean of all steps, whatever the mask.
 
     Each parameter appears once, so ``loss.parameters()`` is what an optimiser wants; target updaters take the part
     that has targets: ``SoftUpdate(loss.losses["dqn"], tau=0.01)``.
@@ -245,6 +249,7 @@ class CombinedLoss(LossModule):
         keys = [key for key in self.trunk.in_keys if key != schema.STREAM]
         if self.looks_ahead:
             keys += [unravel_key(("next", key)) for key in keys if key != schema.IS_INIT]
+            keys.append(schema.IS_INIT)
         written = (schema.HIDDEN, ("next", schema.HIDDEN))
         keys += [key for loss in parts for key in loss.in_keys if key not in written]
         return list(dict.fromkeys(keys))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from tensordict.nn import TensorDictModule, dispatch
+from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 
 from torchrl_mouse.functional import dqn_costs, masked_moments
 from torchrl_mouse.objectives.bootstrap import DiscountedLoss
@@ -42,6 +42,8 @@ class MouseDQNLoss(DiscountedLoss):
         cql_scale_q_eps: the penalty's factor where ``y`` is zero.
         double_dqn: the online head chooses the next action, which the target head values: it then overestimates less
             (van Hasselt et al. 2016, arXiv:1509.06461).
+        actor: the policy on this head, whose weights TorchRL's ``DQNTrainer`` sends to its collector. (Give the trainer
+            ``model.trunk.mark_weight_update`` as a ``"post_optim"`` hook: contexts are then computed anew.)
         options: ``trunk``, ``delay_value``, ``reduction``, ``reward_scale``, ``reward_shift`` and MOUSE's normalisation
             of the reward, see :class:`~torchrl_mouse.objectives.bootstrap.BootstrappingLoss`; ``gamma_terminal``,
             ``gamma_truncated`` and ``n_steps``, see :class:`~torchrl_mouse.objectives.bootstrap.DiscountedLoss`.
@@ -80,9 +82,12 @@ class MouseDQNLoss(DiscountedLoss):
         cql_scale_q: bool = True,
         cql_scale_q_eps: float = 1.0,
         double_dqn: bool = False,
+        actor: TensorDictModuleBase | None = None,
         **options: Any,
     ) -> None:
         super().__init__(head, gamma=gamma, **options)
+        if actor is not None:  # Not as a module of the loss: its weights are there already.
+            self.__dict__["value_network"] = actor
         if cql_weight < 0:
             raise ValueError(f"MouseDQNLoss: cql_weight must be at least 0, got {cql_weight}.")
         if self.gamma.ndim:
