@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ from torchrl_mouse.evaluation import evaluate, plot_curves, summarize
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.modules import StickyActions, TabularQLearner
 from torchrl_mouse.objectives import CombinedLoss, InContextLoss, MouseDQNLoss, SupervisedPolicyLoss
-from torchrl_mouse.recipes import offline_trainer, run, warmup_cosine
+from torchrl_mouse.recipes import claim, offline_trainer, run, warmup_cosine
 
 NUM_CELLS = 81
 NUM_ACTIONS = 5
@@ -222,35 +221,21 @@ def play(model: MouseModel, goals: torch.Tensor, arguments: argparse.Namespace) 
     return returns
 
 
-def claim(directory: Path, arguments: argparse.Namespace) -> None:
-    """Makes the folder of a run; one that was begun with other options is not gone on with."""
-    if arguments.restart:
-        shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
+def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns what decides a run's result: the recipe is an option, too; how to act on what was learned is not."""
     names = ("heads", "observation", "updates", "batch_size", "history_episodes")
-    options = {name: getattr(arguments, name) for name in names}
-    # The recipe is an option, too; how to act on what was learned is not.
-    options |= {name: value for name, value in globals().items() if name.isupper() and name not in ACTING}
-    file = directory / "options.json"
-    if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        names = [name for name in before | options if before.get(name) != options.get(name)]
-        if names:
-            others = ", ".join(f"{name} {before.get(name)} instead of {options.get(name)}" for name in names)
-            raise SystemExit(
-                f"{directory} holds a run with other options: {others}. "
-                "Give --restart to replace it, or another --output."
-            )
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(json.dumps(options), encoding="utf-8")
-    unfinished.replace(file)
+    recipe = {name: value for name, value in globals().items() if name.isupper() and name not in ACTING}
+    return {name: getattr(arguments, name) for name in names} | recipe
 
 
 def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Makes the data, trains, evaluates and plots for one seed."""
     began = time.monotonic()
     directory = arguments.output / f"seed-{seed}"
-    claim(directory, arguments)
+    try:
+        claim(directory, options_of(arguments), restart=arguments.restart)
+    except ValueError as error:
+        raise SystemExit(f"{error} (--restart, --output)") from None
     train_goals, held_out_goals = split_goals(NUM_TRAIN_GOALS, seed=seed)
     histories = arguments.output / f"DR9-{NUM_TRAIN_GOALS}-1-seed-{seed}-{arguments.history_episodes}-episodes"
     store = learning_histories(train_goals, episodes=arguments.history_episodes, seed=seed, directory=histories)

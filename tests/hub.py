@@ -88,6 +88,10 @@ class Request:
         return f"{self.method} {self.path}"
 
 
+def chosen(choice: str | Callable[[Request], bool] | None, request: Request) -> bool:
+    return choice in str(request) if isinstance(choice, str) else choice is not None and choice(request)
+
+
 class Answer(NamedTuple):
     """What the server sends back."""
 
@@ -158,6 +162,7 @@ class Hub:
         requests: all, in order.
         fail_on: requests that are answered with error 500: those whose method and path contain this string (for
             example ``"PUT /lfs"``), or for which this function is true.
+        drop_on: requests, chosen likewise, whose connection is closed without an answer.
     """
 
     def __init__(self) -> None:
@@ -166,6 +171,7 @@ class Hub:
         self.repos: dict[tuple[str, str], Repo] = {}
         self.requests: list[Request] = []
         self.fail_on: str | Callable[[Request], bool] | None = None
+        self.drop_on: str | Callable[[Request], bool] | None = None
         self._uploads: dict[str, bytes] = {}  # LFS contents by hash, with or without a commit that has them
         self._lock = threading.Lock()  # the client uploads and downloads in several threads
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
@@ -186,17 +192,18 @@ class Hub:
         """Returns the content of each file at a revision, by path."""
         return self.commits(repo_id, repo_type, revision)[-1].files
 
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: Request) -> Answer | None:
         with self._lock:
             self.requests.append(request)
+            if chosen(self.drop_on, request):
+                return None
             try:
                 return self._answer(request)
             except Refused as refused:
                 return refused.answer
 
     def _answer(self, request: Request) -> Answer:
-        failing = self.fail_on
-        if failing in str(request) if isinstance(failing, str) else failing is not None and failing(request):
+        if chosen(self.fail_on, request):
             raise Refused(500, "Simulated failure")
         for pattern, method in ROUTES:
             if match := pattern.fullmatch(str(request)):
@@ -368,12 +375,13 @@ class _Handler(BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         answer = self.hub.answer(Request(self.command, path, parse_qs(query), self.headers, body))
-        self.send_response(answer.status)
-        for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(answer.body)
+        if answer is not None:
+            self.send_response(answer.status)
+            for name, value in {**answer.headers, "Content-Length": str(len(answer.body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle  # noqa: N815 (the base class looks for these names)
 

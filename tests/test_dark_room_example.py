@@ -59,7 +59,7 @@ def test_other_options_do_not_resume(smoke):
     command += ["--smoke", "--seeds", "3", "--heads", "sp"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1
-    assert "holds a run with other options" in done.stderr
+    assert "must have been begun with the same options, got heads ['sp'] instead of ['dqn', 'sp']" in done.stderr
     assert "--restart" in done.stderr
 
 

@@ -27,6 +27,7 @@ from huggingface_hub import (
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    HTTPError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -239,6 +240,19 @@ def test_a_failure_leaves_the_old_version(hub, push, fail_on, error, as_function
     hub.fail_on = None
     push(new)
     assert kept(hub) == new
+
+
+@pytest.mark.parametrize("drop_on", ["PUT /lfs/", "/commit/main"])
+def test_a_dropped_connection_leaves_the_old_version(hub, push, drop_on):
+    push(BOTH)
+    before = hub.commits(REPO)
+    hub.drop_on = drop_on
+    with pytest.raises((RuntimeError, HTTPError), match=r"uploading|disconnected"):
+        push({"model.safetensors": WEIGHTS[1:]})
+    assert hub.commits(REPO) == before
+    hub.drop_on = None
+    push({"model.safetensors": WEIGHTS[1:]})
+    assert kept(hub) == {**BOTH, "model.safetensors": WEIGHTS[1:]}
 
 
 def test_one_request_in_the_middle_can_fail(hub, push):

@@ -5,15 +5,25 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import CommitOperationAdd, EvalResult, HfApi, ModelCard, ModelCardData, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    EvalResult,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    constants,
+    snapshot_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, HTTPError  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import torch
     from huggingface_hub import CommitInfo
@@ -22,6 +32,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 CARD_TEMPLATE = Path(__file__).with_name("model_card.md")
+CARD_TAGS = ["reinforcement-learning", "in-context-learning", "mouse"]
 
 MAX_CONFIG_BYTES = 2**20
 
@@ -196,20 +207,71 @@ def push_checkpoint(
         commit_message: of the commit.
 
     Raises:
+        ConnectionError: the Hub cannot be reached.
+        PermissionError: the Hub does not accept the token, or its user may not write there.
         ValueError: a private repository is asked for, and there is a public one.
     """
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
-    if private and not api.repo_info(repo_id).private:
+    with hub_errors("MouseModel"):
+        repo_id = prepare_repository("MouseModel", api, repo_id, private=private, revision=revision)
+        # Not `upload_folder`, which may take several commits.
+        files = [CommitOperationAdd(file.name, file) for file in sorted(Path(directory).iterdir())]
+        return api.create_commit(repo_id, files, commit_message=commit_message, revision=revision)
+
+
+def prepare_repository(
+    where: str,
+    api: HfApi,
+    repo_id: str,
+    *,
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+) -> str:
+    """Makes a Hub repository and its branch where there are none.
+
+    Args:
+        where: who asks, for the error.
+        api: with the token.
+        repo_id: ``"owner/name"``, or a name alone for the token's own user.
+        repo_type: ``"model"`` or ``"dataset"``.
+        private: whether a new repository is private; ``None`` follows the owner's default.
+        revision: the branch.
+
+    Returns:
+        The repository's full id.
+
+    Raises:
+        ValueError: not the form of an id, or a private repository is asked for, and there is a public one.
+    """
+    repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
         raise ValueError(
-            f"MouseModel: repository {repo_id} must be private, got one that is public already. Make it private on the "
+            f"{where}: repository {repo_id} must be private, got one that is public already. Make it private on the "
             "Hub, or choose another name."
         )
     if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    # Not `upload_folder`, which may take several commits.
-    files = [CommitOperationAdd(file.name, file) for file in sorted(Path(directory).iterdir())]
-    return api.create_commit(repo_id, files, commit_message=commit_message, revision=revision)
+        api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    return repo_id
+
+
+@contextmanager
+def hub_errors(where: str) -> Iterator[None]:
+    """Says what to do where a push fails for want of a connection or of a right; other errors pass as they are."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 403):
+            raise
+        raise PermissionError(
+            f"{where}: the Hub must let the token's user write there, got {error.response.status_code}: "
+            f"{error.server_message or error}. Log in with `hf auth login`, or give the `token` of a user who may."
+        ) from error
+    except HTTPError as error:  # The client library's own: no answer at all.
+        raise ConnectionError(
+            f"{where}: the Hub at {constants.ENDPOINT} must be reachable, got: {error}. Check the connection, then "
+            "push again; a push lands whole or not at all."
+        ) from error
 
 
 def render_card(
@@ -237,7 +299,7 @@ def render_card(
         library_name="torchrl_mouse",
         model_name=repo_id.rpartition("/")[2],
         pipeline_tag="reinforcement-learning",
-        tags=["reinforcement-learning", "in-context-learning", "mouse"],
+        tags=CARD_TAGS,
         eval_results=[
             EvalResult(
                 task_type="reinforcement-learning",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ from torchrl.trainers import LRSchedulerHook, Trainer
 from torchrl.trainers.trainers import DefaultOptimizationStepper, TargetNetUpdaterHook
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from torchrl.data import ReplayBuffer
     from torchrl.objectives import LossModule, TargetNetUpdater
@@ -117,6 +118,47 @@ def warmup_cosine(
         return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def claim(directory: str | Path, options: Mapping[str, Any], *, restart: bool = False) -> None:
+    """Makes the folder of a run, and notes its options there; a run that was begun with others is not gone on with.
+
+    Args:
+        directory: the run's.
+        options: what decides the result, as JSON can hold it.
+        restart: delete what is there.
+
+    Raises:
+        ValueError: the folder holds a run with other options.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     claim(folder, {"updates": 10})
+        ...     claim(folder, {"updates": 10})
+        ...     claim(folder, {"updates": 20})
+        Traceback (most recent call last):
+            ...
+        ValueError: claim: the run in /... must have been begun with the same options, got updates 20 instead of 10.
+        Restart it, or choose another folder.
+    """
+    directory = Path(directory)
+    if restart:
+        shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "options.json"
+    text = json.dumps(options)
+    if file.exists():
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+        if names := [name for name in before | now if before.get(name) != now.get(name)]:
+            others = ", ".join(f"{name} {now.get(name)} instead of {before.get(name)}" for name in names)
+            raise ValueError(
+                f"claim: the run in {directory} must have been begun with the same options, got {others}. "
+                "Restart it, or choose another folder."
+            )
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(file)
 
 
 def offline_trainer(

@@ -10,9 +10,10 @@ from tensordict.utils import unravel_key
 
 from torchrl_mouse import schema
 from torchrl_mouse.data.columns import Kind, Records, concatenate, holds, take
+from torchrl_mouse.data.images import IMAGE, check_pixels, to_pixels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tensordict import TensorDictBase
     from tensordict.utils import NestedKey
@@ -48,8 +49,14 @@ class TaskAssembler:
         """The streams whose task goes on, int64, increasing."""
         return self._latest["stream"] if self._latest else torch.zeros(0, dtype=torch.int64)
 
-    def read(self, steps: TensorDictBase) -> Records:
-        """Turns a batch into frames sorted by stream, each step's root followed by its ``next`` frame (a tail)."""
+    def read(self, steps: TensorDictBase, check: Callable[[Records, str], None]) -> Records:
+        """Turns a batch into frames sorted by stream, each step's root followed by its ``next`` frame (a tail).
+
+        Args:
+            steps: the batch.
+            check: raises where records, in the order of the flattened batch, break a rule; it is told which part of a
+                row they are.
+        """
         if not steps.numel() or not steps.ndim:
             raise ValueError(f"{_WHERE}: steps must have a batch dimension and rows, got shape {tuple(steps.shape)}.")
         stream = _scalars(steps, schema.STREAM, "integers")
@@ -67,7 +74,15 @@ class TaskAssembler:
                 f"{_WHERE}: a row must start its task (is_init) or go on with one, got stream {int(stream[row])} in "
                 f"the middle of a task at row {int(order[row])}. Reset the environment, or give all its batches."
             )
-        roots, tails = _frame_records(steps, (), order), _frame_records(steps, ("next",), order)
+        roots, tails = _frame_records(steps, ()), _frame_records(steps, ("next",))
+        for records, part in ((roots, ""), (tails, " under 'next'")):
+            check(records, part)
+        if differ := (roots.keys() ^ tails.keys()) - {"metadata_q_star"}:
+            raise KeyError(
+                f"{_WHERE}: frames must have the same entries at the root and under 'next', got a difference in "
+                f"{', '.join(sorted(differ))}. Add the entry where it is missing."
+            )
+        roots, tails = take(roots, order), take(tails, order)
         if "metadata_q_star" in roots and "metadata_q_star" not in tails:
             tails["metadata_q_star"] = torch.full((len(order), 1), -torch.inf)
         roots.update(stream=stream, first=first, tail=no, ends=no)
@@ -80,7 +95,7 @@ class TaskAssembler:
         joins, breaks = _repeats(table)[:-1], torch.zeros(len(table["stream"]) - 1, dtype=torch.bool)
         for name in record_columns(table):
             if name != "metadata_q_star":  # which a tail may lack
-                differs = (table[name][1:] - table[name][:-1]).abs() > 0
+                differs = table[name][1:] != table[name][:-1]
                 breaks |= joins & differs.reshape(len(joins), -1).any(-1)
         if breaks.any():
             stream = int(table["stream"][:-1][breaks][0])
@@ -141,35 +156,41 @@ def _scalars(steps: TensorDictBase, key: NestedKey, kind: Kind) -> torch.Tensor:
     return value.reshape(-1)
 
 
-def _frame_records(steps: TensorDictBase, at: tuple[str, ...], rows: torch.Tensor) -> Records:
-    """Reads the frames at the root (``at=()``) or under ``("next",)`` as records."""
+def _frame_records(steps: TensorDictBase, at: tuple[str, ...]) -> Records:
+    """Reads the frames at the root (``at=()``) or under ``("next",)`` as records, in the order of the batch."""
     present = steps.keys(include_nested=True)
 
     def path(key: NestedKey) -> NestedKey:
         return unravel_key((*at, key))
 
     def number(key: NestedKey) -> torch.Tensor:
-        return _scalars(steps, path(key), "numbers")[rows].float()
+        return _scalars(steps, path(key), "numbers").float()
 
     def ids(key: NestedKey) -> torch.Tensor:
-        value = _values(steps, path(key), "numbers")[rows]
+        value = _values(steps, path(key), "numbers")
         return schema.to_ids(value, value.shape[-1] if value.ndim > 1 else 1, 1, path(key))
 
     ends = (_scalars(steps, path(key), "booleans") for key in (schema.PREVIOUS_TERMINATED, schema.PREVIOUS_TRUNCATED))
     records = {
         "action": ids(schema.PREVIOUS_ACTION),
         "reward": number(schema.PREVIOUS_REWARD),
-        "done": schema.done_code(*ends)[rows],
-        "episode_step": _scalars(steps, path(schema.EPISODE_STEP), "integers")[rows].long(),
+        "done": schema.done_code(*ends),
+        "episode_step": _scalars(steps, path(schema.EPISODE_STEP), "integers").long(),
     }
     if path(schema.PREVIOUS_XFORMED_REWARD) in present:
         records["xformed_reward"] = number(schema.PREVIOUS_XFORMED_REWARD)
     if path(schema.OBSERVATION_DISCRETE) in present:
         records["observation_discrete"] = ids(schema.OBSERVATION_DISCRETE)
     if path(schema.OBSERVATION) in present:
-        records["observation"] = _values(steps, path(schema.OBSERVATION), "numbers")[rows].float()
+        records["observation"] = _values(steps, path(schema.OBSERVATION), "numbers").float()
+    if path(schema.PIXELS) in present:
+        value = _values(steps, path(schema.PIXELS), "numbers").flatten(1)
+        check_pixels(value, _WHERE, part=" under 'next'" if at else "")
+        records[IMAGE] = to_pixels(value)
     if path(schema.Q_STAR) in present:
-        records["metadata_q_star"] = _values(steps, path(schema.Q_STAR), "numbers")[rows].float()
+        records["metadata_q_star"] = _values(steps, path(schema.Q_STAR), "numbers").float()
+    if path(schema.ACTION_MASK) in present:
+        records["action_mask"] = _values(steps, path(schema.ACTION_MASK), "booleans")
     return records
 
 

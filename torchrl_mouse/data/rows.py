@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,12 +12,21 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from torchrl_mouse.data.columns import COLUMNS, INTEGER_COLUMNS, PADDING, REQUIRED_COLUMNS, Columns, Records, fit
+from torchrl_mouse.data.arrow import ArrowColumn, check_type, is_list, null_rows, ragged_rows, row_bounds
+from torchrl_mouse.data.columns import PADDING, REQUIRED_COLUMNS, UNCHECKED, UNLIMITED, Columns, Records, fit
+from torchrl_mouse.data.images import (
+    IMAGE,
+    EncodedImages,
+    UnreadableImageError,
+    check_pixels,
+    is_encoded,
+    null_images,
+)
 
 CHUNK = 65_536
-"""Rows handled at a time where all are looked at."""
-
-_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+"""Rows handled at a time where all are looked at,"""
+CHUNK_VALUES = 2**24
+"""and values, where a row holds many."""
 
 
 class TensorRows:
@@ -61,19 +70,52 @@ class TensorRows:
 
 
 class ArrowRows:
-    """Rows of one data set, read in place."""
+    """Rows of one data set, read in place.
 
-    def __init__(self, dataset: datasets.Dataset, names: tuple[str, ...], task: str | None) -> None:
-        self._arguments = (dataset, names, task)  # the data set keeps the buffers alive, and is what gets pickled
-        self.names = names
+    Args:
+        dataset: the data set.
+        names: the columns to read.
+        task: the column of task ids, if any.
+        where: the caller, for errors.
+
+    Raises:
+        TypeError: a column of the wrong type.
+        ValueError: a null, or lists that make no row.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        names: tuple[str, ...],
+        task: str | None,
+        where: str = "DatasetStore.from_dataset",
+    ) -> None:
+        # The data set keeps the buffers alive, and is what gets pickled.
+        self._arguments = (dataset, names, task, where)
+        self.names, self._where = names, where
         # After shuffle or select, the table keeps the old order and `_indices` says which of its rows are meant.
         order = dataset._indices
         self._order = None if order is None else torch.from_numpy(order.column(0).to_numpy().astype(np.int64))
         columns = [*names, *filter(None, [task])]
         batches = [batch for batch in dataset.data.table.select(columns).to_batches() if batch.num_rows]
         sizes = torch.tensor([batch.num_rows for batch in batches])
+        files = [Path(file["filename"]) for file in dataset.cache_files]
+        self._state = {
+            "fingerprint": dataset._fingerprint,
+            "rows": len(dataset),
+            "files": [(str(file), file.stat().st_size) for file in files if file.exists()],
+        }
         self._chunk_ends, starts = sizes.cumsum(0), sizes.cumsum(0) - sizes
-        self._columns = {name: _ArrowColumn(name, [batch[name] for batch in batches], starts) for name in columns}
+        self._columns: dict[str, ArrowColumn | EncodedImages] = {}
+        for name in columns:
+            arrays = [getattr(batch[name], "storage", batch[name]) for batch in batches]  # Array2D is lists in disguise
+            if name == IMAGE and is_encoded(arrays[0].type):
+                self._refuse(name, map(null_images, arrays), "be an image", "Fill them, or drop the rows.")
+                self._columns[name] = EncodedImages(arrays, starts, getattr(dataset.features[name], "mode", None))
+            else:
+                check_type(name, arrays[0].type, where)
+                self._check_rows(name, arrays)
+                self._columns[name] = ArrowColumn(name, arrays, starts)
 
     def __len__(self) -> int:
         return len(self._arguments[0])
@@ -81,120 +123,78 @@ class ArrowRows:
     def __reduce__(self) -> tuple[type[ArrowRows], tuple[Any, ...]]:
         return ArrowRows, self._arguments
 
+    def _check_rows(self, name: str, arrays: Sequence[pa.Array]) -> None:
+        nulls = (null_rows(array, name == "metadata_q_star") for array in arrays)
+        self._refuse(name, nulls, "hold no nulls", "Fill them, or drop the rows.")
+        if name == IMAGE:
+            self._refuse(name, map(ragged_rows, arrays), "hold rectangles", "Pad the images, or drop the rows.")
+        if name == "observation_discrete" and is_list(arrays[0].type):
+            several = (np.diff(row_bounds(array)[1]) != 1 for array in arrays)
+            self._refuse(name, several, "hold one id a row", "Fix the data.")
+
+    def _refuse(self, name: str, bad: Iterable[np.ndarray], rule: str, remedy: str) -> None:
+        """Raises at rows, marked chunk by chunk, that break a rule, if the data set has them."""
+        marks = np.concatenate(list(bad))
+        rows = np.flatnonzero(marks if self._order is None else marks[self._order.numpy()])
+        if len(rows):
+            got = f"{len(rows)} bad rows, the first is row {rows[0]}"
+            raise ValueError(f"{self._where}: column {name!r} must {rule}, got {got}. {remedy}")
+
     def width(self, name: str) -> int:
-        """The length of a list column's longest row."""
-        return self._columns[name].width
+        """The length of a list column's longest row; image files have any."""
+        column = self._columns[name]
+        return column.width if isinstance(column, ArrowColumn) else UNLIMITED
 
     def read(self, names: Sequence[str], rows: torch.Tensor) -> Records:
         """Copies rows of some columns, in the columns' own types."""
+        rows, chunk = self._places(rows)
+        try:
+            return {name: self._columns[name].read(rows, chunk) for name in names}
+        except UnreadableImageError as error:
+            raise self._unreadable(error, "DatasetStore.get") from error
+
+    def _places(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the table's rows that are meant, and the chunk of each."""
         if self._order is not None:
             rows = self._order[rows]
-        chunk = torch.searchsorted(self._chunk_ends, rows, right=True)
-        return {name: self._columns[name].read(rows, chunk) for name in names}
+        return rows, torch.searchsorted(self._chunk_ends, rows, right=True)
 
-
-class _ArrowColumn:
-    """One column over all its chunks, as a single view of memory and the place of each chunk in it.
-
-    The view spans from the lowest to the highest buffer, whatever lies between; only elements of the chunks are ever
-    indexed. A read is then one gather, however many chunks there are.
-    """
-
-    def __init__(self, name: str, arrays: list[pa.Array], starts: torch.Tensor) -> None:
-        kind, integers = arrays[0].type, name not in COLUMNS or name in INTEGER_COLUMNS
-        lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-        element = kind.value_type if lists else kind
-        may_be_list = name in PADDING or name == "observation_discrete"
-        number = pa.types.is_integer(element) or (pa.types.is_floating(element) and not integers)
-        if not number or (lists and not may_be_list):
-            rule = ("lists of " if name in PADDING else "") + ("integers" if integers else "numbers")
-            remedy = f"ds.cast_column({name!r}, ...) converts a column."
-            raise TypeError(f"DatasetStore.from_dataset: column {name!r} must hold {rule}, got {kind}. {remedy}")
-        values = [_list_values(array) for array in arrays] if lists else arrays
-        nulls = sum(array.null_count for array in values)
-        if lists and (name != "metadata_q_star" or pa.types.is_fixed_size_list(kind)):  # else a null is an empty list
-            nulls += sum(array.null_count for array in arrays)
-        if nulls:
-            remedy = "Fill them, or drop the rows and call flatten_indices()."
-            raise ValueError(f"DatasetStore.from_dataset: column {name!r} must hold no nulls, got {nulls}. {remedy}")
-
-        self._is_list, self._firsts, self._padding = lists, None, PADDING.get(name, 0)
-        self._view, bases = _memory(values)
-        self.width, shortest = _list_widths(arrays) if lists else (1, 1)
-        if self.width == shortest:
-            self._bases = bases - starts * self.width  # row r of chunk c begins at element bases[c] + r * width
-        else:  # rows of several lengths: 12 bytes a row say where each begins and how long it is
-            rows = [_list_rows(array) for array in arrays]
-            self._firsts = torch.cat([first + base for (first, _), base in zip(rows, bases, strict=True)])
-            self._lengths = torch.cat([lengths for _, lengths in rows])
-        if name == "observation_discrete" and not self.width == shortest == 1:
-            got = f"lists of {shortest} to {self.width}"
-            raise ValueError(
-                f"DatasetStore.from_dataset: column {name!r} must hold one id a row, got {got}. Fix the data."
-            )
-
-    def read(self, rows: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
-        if self._firsts is not None:
-            column = torch.arange(self.width)
-            inside = column < self._lengths[rows].unsqueeze(-1)
-            # Element 0 of the view always exists; what lies behind a chunk's last row may not.
-            index = torch.where(inside, self._firsts[rows].unsqueeze(-1) + column, 0)
-            value = self._gather(self._view, index.reshape(-1)).reshape(inside.shape)
-            return torch.where(inside, value.to(torch.float32), self._padding)
-        if not self.width:
-            return torch.empty(len(rows), 0)
-        # Rows of equal length are overlapping windows of the view, one of which starts at each element.
-        windows = self._view.as_strided((self._view.numel() - self.width + 1, self.width), (1, 1))
-        view = windows if self._is_list else self._view
-        return self._gather(view, torch.add(self._bases.index_select(0, chunk), rows, alpha=self.width))
-
-    @staticmethod
-    def _gather(view: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        signed = _SIGNED.get(view.dtype)  # torch does not index the larger unsigned types
-        return (
-            view.index_select(0, index) if signed is None else view.view(signed).index_select(0, index).view(view.dtype)
+    def _unreadable(self, error: UnreadableImageError, where: str) -> ValueError:
+        row = error.row if self._order is None else int((self._order == error.row).nonzero()[0])
+        return ValueError(
+            f"{where}: column {IMAGE!r} must hold readable images, got {error} in row {row} of "
+            f"{self.name}. Replace it, or drop the row."
         )
 
+    @property
+    def name(self) -> str:
+        """What a user may know the data set by."""
+        files = self._arguments[0].cache_files
+        return files[0]["filename"] if files else "a data set in memory"
 
-def _list_widths(arrays: list[pa.Array]) -> tuple[int, int]:
-    """Returns the longest and the shortest row, from the offsets alone."""
-    if pa.types.is_fixed_size_list(arrays[0].type):
-        return arrays[0].type.list_size, arrays[0].type.list_size
-    lengths = [np.diff(array.offsets.to_numpy()) for array in arrays]
-    return max(int(length.max()) for length in lengths), min(int(length.min()) for length in lengths)
+    def check_images(self, columns: Columns) -> None:
+        """Raises at the first image that is unreadable, by its header, or too large, or holds what is no pixel."""
+        column = self._columns[IMAGE]
+        if isinstance(column, EncodedImages):
+            for rows in pieces(len(self)):
+                try:
+                    sizes = column.sizes(*self._places(rows))
+                except UnreadableImageError as error:
+                    raise self._unreadable(error, self._where) from error
+                largest = int(sizes.argmax())
+                columns.check_width(IMAGE, int(sizes[largest]), self._where, int(rows[largest]))
+            return
+        columns.check_width(IMAGE, column.width, self._where)
+        if not column.holds_bytes:
+            for rows in pieces(len(self), column.width):
+                check_pixels(self.read([IMAGE], rows)[IMAGE], self._where, int(rows[0]))
 
+    def state(self) -> dict[str, Any]:
+        """What tells this data set from another, or from itself after a change on disk.
 
-def _list_rows(array: pa.Array) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns where each row begins in the chunk's values, and its length; a null is an empty list."""
-    offsets = array.offsets.to_numpy()
-    lengths = np.where(array.is_null().to_numpy(zero_copy_only=False), 0, np.diff(offsets))
-    return torch.from_numpy(offsets[:-1].astype(np.int64) - offsets[0]), torch.from_numpy(lengths.astype(np.int32))
-
-
-def _list_values(array: pa.Array) -> pa.Array:
-    """The values of a list array's own rows, without a copy (``flatten`` copies where there are nulls)."""
-    if pa.types.is_fixed_size_list(array.type):
-        return array.values.slice(array.offset * array.type.list_size, len(array) * array.type.list_size)
-    first, end = array.offsets[0].as_py(), array.offsets[-1].as_py()
-    return array.values.slice(first, end - first)
-
-
-def _memory(arrays: list[pa.Array]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns one view that spans all the arrays, and the element at which each begins."""
-    dtype = np.dtype(arrays[0].type.to_pandas_dtype())
-    # An empty array may have no buffer; its place is never read.
-    addresses = [array.buffers()[1].address + array.offset * dtype.itemsize if len(array) else 0 for array in arrays]
-    filled = [(address, len(array)) for address, array in zip(addresses, arrays, strict=True) if address]
-    if not filled:
-        return torch.zeros(1), torch.zeros(len(arrays), dtype=torch.int64)
-    lowest = min(address for address, _ in filled)
-    if any((address - lowest) % dtype.itemsize for address, _ in filled):
-        raise ValueError("DatasetStore.from_dataset: Arrow buffers must be aligned. Write the data set anew.")
-    size = max(address + rows * dtype.itemsize for address, rows in filled) - lowest
-    view = torch.frombuffer(
-        (ctypes.c_char * size).from_address(lowest), dtype=torch.from_numpy(np.empty(0, dtype)).dtype
-    )
-    return view, torch.tensor([max(address - lowest, 0) // dtype.itemsize for address in addresses])
+        Files are known by their sizes: the fingerprint does not follow what is written into them.
+        """
+        return self._state
 
 
 def read_columns(
@@ -205,9 +205,22 @@ def read_columns(
     return columns.convert(records, names, len(rows))
 
 
-def load_rows(dataset: datasets.Dataset, columns: Columns, task: str | None) -> tuple[ArrowRows, torch.Tensor]:
+def pieces(length: int, width: int = 1) -> Iterator[torch.Tensor]:
+    """Splits rows that hold up to ``width`` values in one column, so that no piece takes much memory.
+
+    Examples:
+        >>> [piece.tolist() for piece in pieces(5, CHUNK_VALUES // 2)]
+        [[0, 1], [2, 3], [4]]
+    """
+    step = max(1, min(CHUNK, CHUNK_VALUES // max(width, 1)))
+    for low in range(0, length, step):
+        yield torch.arange(low, min(low + step, length))
+
+
+def load_rows(
+    dataset: datasets.Dataset, columns: Columns, task: str | None, where: str
+) -> tuple[ArrowRows, torch.Tensor]:
     """Opens a data set, checks its values in pieces, and finds the first row of each task."""
-    where = "DatasetStore.from_dataset"
     if not len(dataset):
         raise ValueError(f"{where}: a data set must have rows, got 0. Drop the empty split.")
     if task == "task" and task not in dataset.column_names:
@@ -216,14 +229,22 @@ def load_rows(dataset: datasets.Dataset, columns: Columns, task: str | None) -> 
         if name not in dataset.column_names:
             present = ", ".join(dataset.column_names)
             raise KeyError(f"{where}: column {name!r} must be present, got only {present}. Rename or add the column.")
-    names = tuple(name for name in columns.readable if name in dataset.column_names)
-    block = ArrowRows(dataset, names, task)
-    if "metadata_q_star" in names:
-        columns.check_width("metadata_q_star", block.width("metadata_q_star"), where)
+    table = dataset.data
+    # Splits of one data set have the same columns; one that a split has no values for is all null there.
+    names = tuple(
+        name
+        for name in columns.readable
+        if name in REQUIRED_COLUMNS or (name in dataset.column_names and table.column(name).null_count < table.num_rows)
+    )
+    block = ArrowRows(dataset, names, task, where)
+    for name in {"metadata_q_star", "action_mask"}.intersection(names):
+        columns.check_width(name, block.width(name), where)
+    if IMAGE in names:
+        block.check_images(columns)
     starts, previous = [], None
-    checked = [name for name in names if name != "metadata_q_star"]
-    for low in range(0, len(block), CHUNK):
-        rows = torch.arange(low, min(low + CHUNK, len(block)))
+    checked = [name for name in names if name not in UNCHECKED]
+    for rows in pieces(len(block)):
+        low = int(rows[0])
         columns.check_values(read_columns(block, columns, rows, checked), where, low)
         if task is not None:
             ids = block.read([task], rows)[task].to(torch.int64)
@@ -247,8 +268,8 @@ def dataset_parts(
     dataset: datasets.Dataset | datasets.DatasetDict,
     splits: str | Sequence[str] | None,
     split_pattern: str | Sequence[str] | None,
-) -> list[datasets.Dataset]:
-    """Returns the chosen splits; one data set is one part."""
+) -> list[tuple[datasets.Dataset, str]]:
+    """Returns the chosen splits, each with what errors call it; one data set is one part."""
     where = "DatasetStore.from_dataset"
     if splits is not None and split_pattern is not None:
         raise ValueError(f"{where}: splits and split_pattern must not both be given. Use one of them.")
@@ -256,12 +277,12 @@ def dataset_parts(
     if isinstance(dataset, datasets.Dataset):
         if chosen is not None:
             raise ValueError(f"{where}: splits need a DatasetDict, got a Dataset and {chosen!r}. Pass it alone.")
-        return [dataset]
+        return [(dataset, where)]
     if not isinstance(dataset, datasets.DatasetDict):
         remedy = "load_dataset(..., streaming=False) gives one."
         raise TypeError(f"{where}: data must be a Dataset or DatasetDict, got {type(dataset).__name__}. {remedy}")
     if chosen is None:
-        return list(dataset.values())
+        return [(part, f"{where}: split {key!r}") for key, part in dataset.items()]
     asked = [chosen] if isinstance(chosen, str) else list(chosen)
     # Exact names are looked up, patterns matched: a name may contain a bracket.
     found = {
@@ -269,4 +290,5 @@ def dataset_parts(
     }
     if missing := [name for name in asked if not found[name]]:
         raise KeyError(f"{where}: a split must match {missing}, got only {', '.join(dataset)}. Choose among these.")
-    return [dataset[key] for key in dict.fromkeys(key for keys in found.values() for key in keys)]
+    keys = dict.fromkeys(key for keys in found.values() for key in keys)
+    return [(dataset[key], f"{where}: split {key!r}") for key in keys]

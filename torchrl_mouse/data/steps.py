@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _FRAME: dict[NestedKey, str | None] = {
     schema.OBSERVATION: "observation",
     schema.OBSERVATION_DISCRETE: "observation_discrete",
+    schema.PIXELS: "observation_image",
+    schema.ACTION_MASK: "action_mask",
     schema.PREVIOUS_ACTION: "action",
     schema.PREVIOUS_REWARD: "reward",
     schema.PREVIOUS_XFORMED_REWARD: "xformed_reward",
@@ -28,6 +30,8 @@ _FRAME: dict[NestedKey, str | None] = {
     schema.EPISODE_STEP: "episode_step",
     schema.IS_INIT: None,
 }
+_AS_READ = ("action", "observation", "observation_discrete", "observation_image", "action_mask")
+"""Columns whose entries have no dimension of size 1 at the end."""
 _NEXT = {key: unravel_key(("next", key)) for key in _FRAME}
 _ROOT: dict[NestedKey, str | None] = {**_FRAME, schema.Q_STAR: "metadata_q_star", schema.MASK: None}
 _FOLLOWING: dict[NestedKey, str | None] = {
@@ -39,6 +43,41 @@ _FOLLOWING: dict[NestedKey, str | None] = {
     ("next", "terminated"): "done",
     ("next", "truncated"): "done",
 }
+
+
+def as_rows(index: Any, length: int) -> torch.Tensor:
+    """Turns any index of a store of ``length`` records into row numbers.
+
+    Args:
+        index: an int, a slice, a range, a list, an integer tensor, or a 1-tuple of one; may count from the end.
+        length: number of records.
+
+    Returns:
+        int64, of the index's shape, in ``[0, length)``.
+
+    Examples:
+        >>> as_rows(slice(-2, None), 5).tolist(), as_rows([[-1, 0]], 5).tolist()
+        ([3, 4], [[4, 0]])
+    """
+    if isinstance(index, tuple) and len(index) == 1:
+        index = index[0]
+    if isinstance(index, slice):
+        index = range(length)[index]
+    if isinstance(index, range):
+        index = index.start + index.step * torch.arange(len(index))
+    rows = torch.as_tensor(index)
+    if rows.numel() and (rows.is_floating_point() or rows.dtype == torch.bool):
+        raise TypeError(f"DatasetStore: an index must be an integer, got {rows.dtype}. Convert it with .long().")
+    rows = rows.to("cpu", torch.int64)
+    if not rows.numel():
+        return rows
+    low, high = (int(bound) for bound in rows.aminmax())
+    if low < -length or high >= length:
+        wrong = low if low < -length else high
+        raise IndexError(
+            f"DatasetStore: an index must lie in [{-length}, {length}), got {wrong}. The store counts records."
+        )
+    return torch.where(rows < 0, rows + length, rows) if low < 0 else rows
 
 
 def selection(keys: Iterable[NestedKey] | None) -> tuple[set[NestedKey], set[str]]:
@@ -104,9 +143,7 @@ def to_steps(
 def _frame_entries(records: Records) -> dict[Any, torch.Tensor]:
     """The entries of a frame that are read from its record."""
     entries: dict[Any, torch.Tensor] = {
-        key: records[column]
-        if column in ("action", "observation", "observation_discrete")
-        else records[column].unsqueeze(-1)
+        key: records[column] if column in _AS_READ else records[column].unsqueeze(-1)
         for key, column in _FRAME.items()
         if column in records and column != "done"
     }

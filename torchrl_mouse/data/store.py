@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import datasets
@@ -11,27 +10,16 @@ import numpy as np
 import pyarrow as pa
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 from torchrl.data.replay_buffers.storages import Storage
 
 from torchrl_mouse.data.collected import TaskAssembler, record_columns
 from torchrl_mouse.data.columns import COLUMNS, PADDING, TASK, UNLIMITED, Columns, Records, one_row
-from torchrl_mouse.data.rows import CHUNK, ArrowRows, TensorRows, dataset_parts, load_rows, read_columns, to_arrow
-from torchrl_mouse.data.steps import selection, to_steps
+from torchrl_mouse.data.rows import ArrowRows, TensorRows, dataset_parts, load_rows, pieces, read_columns, to_arrow
+from torchrl_mouse.data.saving import StoreCheckpointer, check_datasets
+from torchrl_mouse.data.steps import as_rows, selection, to_steps
 
 if TYPE_CHECKING:
     from tensordict.utils import NestedKey
-
-
-class _StateCheckpointer(StorageCheckpointerBase):
-    """Saves the store's state for ``rb.dumps``; TorchRL's default saves nothing, and says nothing."""
-
-    def dumps(self, storage: DatasetStore, path: str | Path) -> None:
-        Path(path).mkdir(parents=True, exist_ok=True)
-        torch.save(storage.state_dict(), Path(path) / "store.pt")
-
-    def loads(self, storage: DatasetStore, path: str | Path) -> None:
-        storage.load_state_dict(torch.load(Path(path) / "store.pt", weights_only=True))
 
 
 class DatasetStore(Storage):
@@ -44,13 +32,16 @@ class DatasetStore(Storage):
     record's done code is 1, else ``truncated``.
 
     Loaded rows stay in their Arrow buffers (memory-mapped where the data set is on disk); a read copies the columns
-    and rows asked for and nothing else, at a cost that does not grow with the number of rows or chunks.
+    and rows asked for and nothing else, at a cost that does not grow with the number of rows or chunks. Image files
+    are decoded when they are read.
 
     Args:
-        max_action_dim: actions lie in ``[0, max_action_dim)``; teacher values are padded to this width by ``-inf``.
-            Set it to the model's number of actions: the default is only MOUSE's own.
+        max_action_dim: actions lie in ``[0, max_action_dim)``; teacher values are padded to this width by ``-inf``,
+            action masks by false. Set it to the model's number of actions: the default is only MOUSE's own.
         max_obs_continuous_dim: width ``C`` to which ``observation`` is cut or zero-padded; 0: it is not read.
         max_obs_discrete_dim: ``observation_discrete`` lies in ``[0, max_obs_discrete_dim)``; 0: it is not read.
+        max_obs_image_pixels: width ``P`` to which the values of an ``observation_image`` (height, width, channel, one
+            row) are zero-padded; 0: it is not read.
         keys: the entries that a read returns, see :meth:`select`; ``None``: all that the columns allow.
 
     .. note::
@@ -70,17 +61,18 @@ class DatasetStore(Storage):
         [True, True, False]
     """
 
-    _default_checkpointer = _StateCheckpointer
+    _default_checkpointer = StoreCheckpointer
 
     def __init__(
         self,
         max_action_dim: int = 1000,
         max_obs_continuous_dim: int = 0,
         max_obs_discrete_dim: int = 0,
+        max_obs_image_pixels: int = 0,
         keys: Sequence[NestedKey] | None = None,
     ) -> None:
         super().__init__(max_size=UNLIMITED)
-        self._columns = Columns(max_action_dim, max_obs_continuous_dim, max_obs_discrete_dim)
+        self._columns = Columns(max_action_dim, max_obs_continuous_dim, max_obs_discrete_dim, max_obs_image_pixels)
         self.select(keys)
         self._clear()
 
@@ -129,6 +121,7 @@ class DatasetStore(Storage):
             IndexError: an index is out of range.
             RuntimeError: the store has no rows.
             TypeError: the index is none of the above.
+            ValueError: an image file cannot be decoded.
 
         Examples:
             >>> rows = {"action": [0, 3], "reward": [0.0, 1.0], "done": [0, 1], "episode_step": [0, 1]}
@@ -136,35 +129,13 @@ class DatasetStore(Storage):
             >>> store.get(torch.tensor([[0, 1], [1, 1]])).shape, store.get(-1)["episode_step"].tolist()
             (torch.Size([2, 2]), [1])
         """
-        rows = self._as_rows(index)
+        rows = as_rows(index, self._require_rows("read"))
         task = torch.searchsorted(self._task_bounds[:-1], rows, right=True)
         first, last = self._task_bounds[task - 1], self._task_bounds[task] - 1
         following = torch.minimum(rows + 1, last)
         # One read for both frames, [2, *]: its halves share no memory.
         records = self._read(torch.stack([rows, following]), self._selected)
         return to_steps(records, self._wanted, begins=rows == first, ends=rows == last, next_ends=following == last)
-
-    def _as_rows(self, index: Any) -> torch.Tensor:
-        length = self._require_rows("read")
-        if isinstance(index, tuple) and len(index) == 1:
-            index = index[0]
-        if isinstance(index, slice):
-            index = range(length)[index]
-        if isinstance(index, range):
-            index = index.start + index.step * torch.arange(len(index))
-        rows = torch.as_tensor(index)
-        if rows.numel() and (rows.is_floating_point() or rows.dtype == torch.bool):
-            raise TypeError(f"DatasetStore: an index must be an integer, got {rows.dtype}. Convert it with .long().")
-        rows = rows.to("cpu", torch.int64)
-        if not rows.numel():
-            return rows
-        low, high = (int(bound) for bound in rows.aminmax())
-        if low < -length or high >= length:
-            wrong = low if low < -length else high
-            raise IndexError(
-                f"DatasetStore: an index must lie in [{-length}, {length}), got {wrong}. The store counts records."
-            )
-        return torch.where(rows < 0, rows + length, rows) if low < 0 else rows
 
     def _require_rows(self, what: str) -> int:
         if not len(self):
@@ -203,7 +174,9 @@ class DatasetStore(Storage):
 
         Args:
             dataset: columns ``action``, ``reward``, ``done``, ``episode_step`` and any of ``observation``,
-                ``observation_discrete``, ``metadata_q_star``, ``xformed_reward``; others are not read.
+                ``observation_discrete``, ``observation_image`` (files, or arrays of integers in 0..255 or floats in
+                0..1), ``metadata_q_star``, ``action_mask`` (booleans), ``xformed_reward``. Others are not read, nor are
+                those that are all null.
             splits: exact names of a ``DatasetDict``'s splits; by default all.
             split_pattern: glob patterns of such names instead.
             task: integer column that names the task; each run of equal ids is one task. Without the column, each split
@@ -215,11 +188,13 @@ class DatasetStore(Storage):
         Raises:
             KeyError: a column or split is missing.
             TypeError: not a data set, or a column of the wrong type.
-            ValueError: no rows, a null, NaN, or a value out of range; both ``splits`` and ``split_pattern``.
+            ValueError: no rows, a null, a number that is infinite, NaN or out of range, or an image that is unreadable
+                or too large; both ``splits`` and ``split_pattern``. Nothing is added then.
 
         .. note::
             One vectorised pass checks the values of every column but the teacher's, at some million rows a second, and
             so reads the file once; it keeps the tasks' first rows only. Lists of several lengths cost 12 bytes a row.
+            Of image files only the header is read, some 50,000 a second: damage behind it shows when they are read.
 
         Examples:
             >>> rows = {"action": [0, 1, 0], "reward": [0.0, 1.0, 0.0], "done": [0, 2, 0], "episode_step": [0, 1, 0]}
@@ -227,7 +202,8 @@ class DatasetStore(Storage):
             >>> DatasetStore().from_dataset(dataset).task_starts.tolist()
             [0, 2]
         """
-        loaded = [load_rows(part, self._columns, task) for part in dataset_parts(dataset, splits, split_pattern)]
+        parts = dataset_parts(dataset, splits, split_pattern)
+        loaded = [load_rows(part, self._columns, task, where) for part, where in parts]
         for block, _ in loaded:
             self._check_names(block.names, "DatasetStore.from_dataset", loaded[0][0].names)
         for block, starts in loaded:
@@ -255,7 +231,8 @@ class DatasetStore(Storage):
         Raises:
             KeyError: a column is missing or unknown.
             TypeError: a value of the wrong type.
-            ValueError: NaN, a value out of range, or several values in one.
+            ValueError: a number that is infinite, NaN or out of range, several values in one, or an unreadable image.
+                Nothing is stored then.
 
         Examples:
             >>> store = DatasetStore()
@@ -265,10 +242,12 @@ class DatasetStore(Storage):
             (DatasetStore(steps=2, tasks=1), 4)
         """
         where = "DatasetStore.append"
-        records = self._columns.from_record(record, where)
+        records = self._columns.from_record(record, where, len(self))
         self._check_names(tuple(records), where)
         self._columns.check_values(records, where, len(self))
-        task = int(one_row(TASK, record[TASK], where)) if TASK in record else next(iter(self._appended_task), 0)
+        given = record.get(TASK)
+        go_on = next(iter(self._appended_task), 0)
+        task = go_on if given is None else int(one_row(TASK, given, where, len(self)))
         starts = [] if self._appended_task == [task] else [0]
         self._add_records(records, torch.tensor(starts, dtype=torch.int64))
         self._appended_task = [task]
@@ -288,8 +267,8 @@ class DatasetStore(Storage):
         Raises:
             KeyError: an entry is missing.
             TypeError: an entry of the wrong dtype.
-            ValueError: NaN, a value out of range, a row that begins in the middle of an unknown task, or one that does
-                not go on where its stream's last step ended. Nothing is stored then.
+            ValueError: a number that is infinite, NaN or out of range, a row that begins in the middle of an unknown
+                task, or one that does not go on where its stream's last step ended. Nothing is stored then.
 
         Examples:
             >>> def frame(time, reward, done):
@@ -306,10 +285,13 @@ class DatasetStore(Storage):
             [1.0, 0.0]
         """
         where = "DatasetStore.extend"
-        table = self._unfinished.read(steps)
-        records = {name: table[name] for name in record_columns(table)}
-        self._check_names(tuple(records), where)
-        self._columns.check_values(records, where)
+
+        def check(records: Records, part: str) -> None:
+            self._columns.check_read(tuple(records), where)
+            self._columns.check_values(records, where, part=part)
+
+        table = self._unfinished.read(steps, check)
+        self._check_names(record_columns(table), where)
         self._unfinished.check_joins(table)
         finished = self._unfinished.add(table)
         if finished is not None:
@@ -385,7 +367,7 @@ class DatasetStore(Storage):
             RuntimeError: the store has no rows.
 
         .. note::
-            The result lies in memory; it is built in pieces of 65,536 rows.
+            The result lies in memory; images are written as arrays of pixels.
 
         Examples:
             >>> store = DatasetStore()
@@ -401,8 +383,7 @@ class DatasetStore(Storage):
         }
         features = self._columns.features(self._names, widths)
         batches = []
-        for low in range(0, length, CHUNK):
-            rows = torch.arange(low, min(low + CHUNK, length))
+        for rows in pieces(length, sum(feature.length for feature in features.values() if hasattr(feature, "length"))):
             records = self._read(rows, set(self._names))
             task = torch.searchsorted(self.task_starts, rows, right=True) - 1
             batches.append(to_arrow({**records, "task": task}, features))
@@ -410,9 +391,12 @@ class DatasetStore(Storage):
         return datasets.Dataset(table, info=datasets.DatasetInfo(features=features))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a data set on disk does not hold: appended rows, unfinished tasks, and where tasks start."""
+        """Returns what a data set on disk does not hold: appended rows, unfinished tasks, and where tasks start.
+
+        Of a data set it holds the path, the sizes of the files, the number of rows and the fingerprint.
+        """
         return {
-            "blocks": [block.state() if isinstance(block, TensorRows) else len(block) for block in self._blocks],
+            "blocks": [block.state() for block in self._blocks],
             "task_bounds": self._task_bounds.clone(),
             "unfinished": self._unfinished.state(),
             "appended_task": list(self._appended_task),
@@ -422,7 +406,9 @@ class DatasetStore(Storage):
         """Restores a saved state; the data sets that were loaded then must be loaded first.
 
         Raises:
-            ValueError: the loaded rows are not those of the saved store.
+            KeyError: the saved columns are not those of the loaded data sets.
+            ValueError: the loaded data sets are not those of the saved store, or changed on disk since; or the saved
+                rows do not fit the store's sizes. The store is as it was then.
 
         Examples:
             >>> store, other = DatasetStore(), DatasetStore()
@@ -431,17 +417,19 @@ class DatasetStore(Storage):
             >>> other
             DatasetStore(steps=1, tasks=1)
         """
+        where = "DatasetStore.load_state_dict"
         loaded = [block for block in self._blocks if isinstance(block, ArrowRows)]
-        saved = [rows for rows in state_dict["blocks"] if isinstance(rows, int)]
-        if [len(block) for block in loaded] != saved:
-            raise ValueError(
-                f"DatasetStore.load_state_dict: the store must have loaded data sets of {saved} rows, got "
-                f"{[len(block) for block in loaded]}. Call from_dataset with the same data sets first."
-            )
-        self._clear()
+        check_datasets(
+            [state for state in state_dict["blocks"] if "fingerprint" in state], [block.state() for block in loaded]
+        )
         remaining = iter(loaded)
-        for rows in state_dict["blocks"]:
-            block = next(remaining) if isinstance(rows, int) else TensorRows(rows)
+        blocks = [next(remaining) if "fingerprint" in s else TensorRows(s) for s in state_dict["blocks"]]
+        for block, state in zip(blocks, state_dict["blocks"], strict=True):
+            if isinstance(block, TensorRows):
+                self._columns.check_read(block.names, where)
+                self._columns.check_values(state, where)
+        self._clear()
+        for block in blocks:
             self._add_block(block, torch.zeros(0, dtype=torch.int64))
         self._task_bounds = state_dict["task_bounds"].clone()
         self._unfinished.restore(state_dict["unfinished"])
