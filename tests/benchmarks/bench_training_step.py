@@ -12,8 +12,8 @@ import torch
 from tensordict import TensorDict
 
 from torchrl_mouse import schema
-from torchrl_mouse.modules.trunk import segment_mask, segment_positions
 from torchrl_mouse.models import MouseConfig, MouseModel
+from torchrl_mouse.modules.trunk import segment_mask, segment_positions
 from torchrl_mouse.objectives import CombinedLoss, MouseDQNLoss, SupervisedPolicyLoss, SupervisedValueLoss
 
 BATCH, WINDOW, WIDTH, ROUNDS = 32, 120, 64, 25

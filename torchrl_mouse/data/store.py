@@ -341,6 +341,13 @@ class DatasetStore(Storage):
         return self._task_bounds[:-1]
 
     @property
+    def source_starts(self) -> torch.Tensor:
+        """The first task of each data set that was loaded, and of each run of appended rows; int64, increasing."""
+        appended = [isinstance(block, TensorRows) for block in self._blocks]
+        first = [number for number, own in enumerate(appended) if not (own and number and appended[number - 1])]
+        return torch.searchsorted(self.task_starts, self._block_starts[first])
+
+    @property
     def num_tasks(self) -> int:
         """The number of tasks that can be read; unfinished collected ones are not counted."""
         return len(self._task_bounds) - 1
