@@ -135,7 +135,7 @@ class TestGet:
         asked = []
         read = type(store._blocks[0]).read
         monkeypatch.setattr(
-            type(store._blocks[0]), "read", lambda b, names, rows: asked.extend(names) or read(b, names, rows)
+            type(store._blocks[0]), "read", lambda b, rows, parts: asked.extend(parts) or read(b, rows, parts)
         )
         store[:]
         assert asked == ["observation"]

@@ -16,6 +16,8 @@ from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 
 from torchrl_mouse import schema
 from torchrl_mouse.data import DatasetStore, replay_buffer
+from torchrl_mouse.models import MouseConfig, MouseModel
+from torchrl_mouse.objectives import MouseDQNLoss
 
 ROWS, TASK, BATCH, WINDOW = 300_000, 4_000, 64, 32
 ROW_KEYS = {"observation": "obs_continuous", "episode_step": "time", "metadata_q_star": "q_star"}
@@ -81,12 +83,17 @@ def main():
         index = starts.unsqueeze(-1) + torch.arange(WINDOW)
         keys = ["observation", "action", ("next", "reward"), ("next", "done")]
         few = DatasetStore(max_action_dim=4, max_obs_continuous_dim=8, keys=keys).from_dataset(dataset)
+        sizes = {"max_num_actions": 4, "max_num_obs_continuous": 8, "max_num_time_steps": 100}
+        model = MouseModel(MouseConfig(embedding_kwargs=sizes, backbone_kwargs=None, dqn_head_kwargs={}))
+        declared = MouseDQNLoss(model.head("dqn"), trunk=model.trunk).in_keys
+        learner = DatasetStore(max_action_dim=4, max_obs_continuous_dim=8, keys=declared).from_dataset(dataset)
         everything = store[:]
         everything["task"] = torch.arange(ROWS) // TASK
         rates = per_second(
             {
                 "row dictionaries": lambda: row_dictionaries(dataset, starts),
                 "store.get, all entries": lambda: store.get(index),
+                "store.get, a model's and DQN's": lambda: learner.get(index),
                 "store.get, 4 entries": lambda: few.get(index),
                 "TensorDict in memory, td[index]": lambda: everything[index],
             }
@@ -101,7 +108,11 @@ def main():
         memory.extend(everything)
         buffers = {
             name: replay_buffer(one, window=WINDOW, batch_size=BATCH, seed=0)
-            for name, one in (("rb.sample, all entries", store), ("rb.sample, 4 entries", few))
+            for name, one in (
+                ("rb.sample, all entries", store),
+                ("rb.sample, a model's and DQN's", learner),
+                ("rb.sample, 4 entries", few),
+            )
         }
         baseline = "LazyTensorStorage + SliceSampler"
         calls = {baseline: memory.sample, **{name: rb.sample for name, rb in buffers.items()}}

@@ -79,18 +79,17 @@ class Columns:
             )
         self.readable = tuple(name for name in COLUMNS if sizes.get(name, 1) > 0)
 
-    def convert(self, records: Records, names: Iterable[str], rows: int) -> Records:
-        """Brings columns to the store's dtypes and widths; teacher values that are absent become -inf."""
-        for name in names:
-            if name not in records:  # rows without a teacher
-                records[name] = torch.full((rows, self.widths[name]), PADDING[name])
-            elif name in PADDING:
-                value = to_pixels(records[name]) if name == IMAGE else records[name].to(DTYPES[name])
-                value = value.unsqueeze(-1) if value.ndim == 1 else value
-                records[name] = fit(value, self.widths[name], PADDING[name])
-            else:
-                records[name] = records[name].to(DTYPES[name]).reshape(rows)
-        return records
+    def convert(self, name: str, value: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+        """Brings a column's rows, read flat, to the store's dtype and width and to a shape; absent ones are padding."""
+        if name not in PADDING:
+            assert value is not None  # only columns that hold lists may be absent from some rows
+            return value.to(DTYPES[name]).reshape(shape)
+        if value is None:  # rows without a teacher
+            return torch.full((*shape, self.widths[name]), PADDING[name])
+        value = to_pixels(value) if name == IMAGE else value.to(DTYPES[name])
+        return fit(
+            value.reshape(*shape, -1) if shape.numel() else value.reshape(*shape, 0), self.widths[name], PADDING[name]
+        )
 
     def from_record(self, record: Mapping[str, Any], where: str, row: int) -> Records:
         """Turns one record's values, those of the store's row ``row``, into columns of one row."""

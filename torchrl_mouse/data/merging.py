@@ -13,6 +13,7 @@ from tensordict import TensorDict
 from torchrl_mouse.data.columns import COLUMNS, PADDING, TASK, UNCHECKED, fit
 from torchrl_mouse.data.images import IMAGE
 from torchrl_mouse.data.rows import ArrowRows, pieces, read_columns, to_arrow
+from torchrl_mouse.data.steps import OWN
 from torchrl_mouse.data.store import DatasetStore
 
 _RECORD_NAMES = {
@@ -94,7 +95,7 @@ def encode_hf_rows(store: DatasetStore, rows: Mapping[str, Sequence[Any]]) -> Te
         block.check_images(columns)
     for name in {"metadata_q_star", "action_mask"}.intersection(names):
         columns.check_width(name, block.width(name), where)
-    records = read_columns(block, columns, torch.arange(len(block)), names)
+    records = read_columns(block, columns, torch.arange(len(block)).unsqueeze(0), dict.fromkeys(names, OWN))
     columns.check_values({name: value for name, value in records.items() if name not in UNCHECKED}, where)
     return TensorDict({_RECORD_NAMES.get(name, name): records[name] for name in names}, [len(block)])
 

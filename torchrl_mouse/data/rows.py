@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torchrl_mouse.data.images import (
     is_encoded,
     null_images,
 )
+from torchrl_mouse.data.steps import OWN, Part
 
 CHUNK = 65_536
 """Rows handled at a time where all are looked at,"""
@@ -44,9 +45,9 @@ class TensorRows:
         """The length of a list column's rows."""
         return self._columns[name].shape[-1]
 
-    def read(self, names: Sequence[str], rows: torch.Tensor) -> Records:
-        """Copies rows of some columns."""
-        return {name: self._columns[name].index_select(0, rows) for name in names}
+    def read(self, rows: torch.Tensor, parts: Mapping[str, Part]) -> Records:
+        """Copies ``rows[part]`` of some columns, flat."""
+        return {name: self._columns[name].index_select(0, rows[part].reshape(-1)) for name, part in parts.items()}
 
     def extend(self, records: Records) -> None:
         """Appends rows; the cost per row does not depend on how many there are."""
@@ -106,6 +107,8 @@ class ArrowRows:
             "files": [(str(file), file.stat().st_size) for file in files if file.exists()],
         }
         self._chunk_ends, starts = sizes.cumsum(0), sizes.cumsum(0) - sizes
+        # As `datasets` writes them. (The last chunk may be shorter.)
+        self._chunk_size = int(sizes[0]) if (sizes[1:-1] == sizes[0]).all() and sizes[-1] <= sizes[0] else None
         self._columns: dict[str, ArrowColumn | EncodedImages] = {}
         for name in columns:
             arrays = [getattr(batch[name], "storage", batch[name]) for batch in batches]  # Array2D is lists in disguise
@@ -145,11 +148,12 @@ class ArrowRows:
         column = self._columns[name]
         return column.width if isinstance(column, ArrowColumn) else UNLIMITED
 
-    def read(self, names: Sequence[str], rows: torch.Tensor) -> Records:
-        """Copies rows of some columns, in the columns' own types."""
+    def read(self, rows: torch.Tensor, parts: Mapping[str, Part]) -> Records:
+        """Copies ``rows[part]`` of some columns, flat, in the columns' own types."""
         rows, chunk = self._places(rows)
+        places = {part: (rows[part].reshape(-1), chunk[part].reshape(-1)) for part in set(parts.values())}
         try:
-            return {name: self._columns[name].read(rows, chunk) for name in names}
+            return {name: self._columns[name].read(*places[part]) for name, part in parts.items()}
         except UnreadableImageError as error:
             raise self._unreadable(error, "DatasetStore.get") from error
 
@@ -157,6 +161,8 @@ class ArrowRows:
         """Returns the table's rows that are meant, and the chunk of each."""
         if self._order is not None:
             rows = self._order[rows]
+        if self._chunk_size is not None:
+            return rows, rows.div(self._chunk_size, rounding_mode="floor")
         return rows, torch.searchsorted(self._chunk_ends, rows, right=True)
 
     def _unreadable(self, error: UnreadableImageError, where: str) -> ValueError:
@@ -187,7 +193,7 @@ class ArrowRows:
         columns.check_width(IMAGE, column.width, self._where)
         if not column.holds_bytes:
             for rows in pieces(len(self), column.width):
-                check_pixels(self.read([IMAGE], rows)[IMAGE], self._where, int(rows[0]))
+                check_pixels(column.read(*self._places(rows)), self._where, int(rows[0]))
 
     def state(self) -> dict[str, Any]:
         """What tells this data set from another, or from itself after a change on disk.
@@ -198,11 +204,11 @@ class ArrowRows:
 
 
 def read_columns(
-    block: ArrowRows | TensorRows, columns: Columns, rows: torch.Tensor, names: Collection[str]
+    block: ArrowRows | TensorRows, columns: Columns, rows: torch.Tensor, parts: Mapping[str, Part]
 ) -> Records:
-    """Copies rows of some columns in the store's dtypes and widths."""
-    records = block.read([name for name in names if name in block.names], rows)
-    return columns.convert(records, names, len(rows))
+    """Copies ``rows[part]`` of some columns in the store's dtypes and widths."""
+    records = block.read(rows, {name: part for name, part in parts.items() if name in block.names})
+    return {name: columns.convert(name, records.get(name), rows[part].shape) for name, part in parts.items()}
 
 
 def pieces(length: int, width: int = 1) -> Iterator[torch.Tensor]:
@@ -245,9 +251,10 @@ def load_rows(
     checked = [name for name in names if name not in UNCHECKED]
     for rows in pieces(len(block)):
         low = int(rows[0])
-        columns.check_values(read_columns(block, columns, rows, checked), where, low)
+        values = read_columns(block, columns, rows.unsqueeze(0), dict.fromkeys(checked, OWN))
+        columns.check_values(values, where, low)
         if task is not None:
-            ids = block.read([task], rows)[task].to(torch.int64)
+            ids = block.read(rows.unsqueeze(0), {task: OWN})[task].to(torch.int64)
             before = torch.cat([ids[:1] - 1 if previous is None else previous, ids[:-1]])
             starts.append((ids != before).nonzero().squeeze(-1) + low)
             previous = ids[-1:]

@@ -2,46 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
 from tensordict.utils import unravel_key
 
 from torchrl_mouse import schema
+from torchrl_mouse.data.columns import COLUMNS
 
 if TYPE_CHECKING:
     from tensordict.utils import NestedKey
 
     from torchrl_mouse.data.columns import Records
 
-# Entry -> the column it is read from, at the root and under "next" (None: known without reading a column).
-_FRAME: dict[NestedKey, str | None] = {
-    schema.OBSERVATION: "observation",
-    schema.OBSERVATION_DISCRETE: "observation_discrete",
-    schema.PIXELS: "observation_image",
-    schema.ACTION_MASK: "action_mask",
-    schema.PREVIOUS_ACTION: "action",
-    schema.PREVIOUS_REWARD: "reward",
-    schema.PREVIOUS_XFORMED_REWARD: "xformed_reward",
-    schema.PREVIOUS_TERMINATED: "done",
-    schema.PREVIOUS_TRUNCATED: "done",
-    schema.EPISODE_STEP: "episode_step",
-    schema.IS_INIT: None,
+
+Part = int | EllipsisType
+OWN, BOTH = 0, ...
+"""Which of a pair of records ``[2, *]`` a column is read from: a step's own, the next one (1), or both."""
+
+
+class _Marks(NamedTuple):
+    """How steps lie in their tasks, bool ``[*]``."""
+
+    begins: torch.Tensor  # the task's first record
+    ends: torch.Tensor  # its last, where nothing is decided
+    next_ends: torch.Tensor  # the next record is its last
+
+
+class _Entry(NamedTuple):
+    """What an entry of a step is made of."""
+
+    column: str | None  # None: known without reading one
+    of_next: bool  # of the next record, or the step's own
+    make: Callable[[torch.Tensor, _Marks], torch.Tensor]
+
+
+def _same(value: torch.Tensor, _: _Marks) -> torch.Tensor:
+    return value
+
+
+def _in_a_column(value: torch.Tensor, _: _Marks) -> torch.Tensor:
+    return value.unsqueeze(-1)
+
+
+def _is(code: int) -> Callable[[torch.Tensor, _Marks], torch.Tensor]:
+    return lambda done, _: (done == code).unsqueeze(-1)
+
+
+def _task_ends(code: int) -> Callable[[torch.Tensor, _Marks], torch.Tensor]:
+    compare = torch.eq if code == schema.TERMINATED else torch.ne
+    return lambda done, marks: (compare(done, schema.TERMINATED) & marks.next_ends).unsqueeze(-1)
+
+
+_FRAME: dict[NestedKey, tuple[str, Callable[[torch.Tensor, _Marks], torch.Tensor]]] = {
+    schema.OBSERVATION: ("observation", _same),
+    schema.OBSERVATION_DISCRETE: ("observation_discrete", _same),
+    schema.PIXELS: ("observation_image", _same),
+    schema.ACTION_MASK: ("action_mask", _same),
+    schema.PREVIOUS_ACTION: ("action", _same),
+    schema.PREVIOUS_REWARD: ("reward", _in_a_column),
+    schema.PREVIOUS_XFORMED_REWARD: ("xformed_reward", _in_a_column),
+    schema.PREVIOUS_TERMINATED: ("done", _is(schema.TERMINATED)),
+    schema.PREVIOUS_TRUNCATED: ("done", _is(schema.TRUNCATED)),
+    schema.EPISODE_STEP: ("episode_step", _in_a_column),
 }
-_AS_READ = ("action", "observation", "observation_discrete", "observation_image", "action_mask")
-"""Columns whose entries have no dimension of size 1 at the end."""
-_NEXT = {key: unravel_key(("next", key)) for key in _FRAME}
-_ROOT: dict[NestedKey, str | None] = {**_FRAME, schema.Q_STAR: "metadata_q_star", schema.MASK: None}
-_FOLLOWING: dict[NestedKey, str | None] = {
-    schema.ACTION: "action",
-    **{_NEXT[key]: column for key, column in _FRAME.items()},
-    ("next", "reward"): "reward",
-    ("next", "xformed_reward"): "xformed_reward",
-    ("next", "done"): None,
-    ("next", "terminated"): "done",
-    ("next", "truncated"): "done",
+_LAYOUT: dict[NestedKey, _Entry] = {
+    **{key: _Entry(column, False, make) for key, (column, make) in _FRAME.items()},
+    **{unravel_key(("next", key)): _Entry(column, True, make) for key, (column, make) in _FRAME.items()},
+    schema.IS_INIT: _Entry(None, False, lambda _, marks: marks.begins.unsqueeze(-1)),
+    ("next", schema.IS_INIT): _Entry(None, False, lambda _, marks: torch.zeros_like(marks.begins).unsqueeze(-1)),
+    schema.MASK: _Entry(None, False, lambda _, marks: ~marks.ends),
+    schema.Q_STAR: _Entry("metadata_q_star", False, _same),
+    # The last record's own transition is not decided there.
+    schema.ACTION: _Entry("action", True, lambda action, marks: action.masked_fill(marks.ends, 0)),
+    **{
+        ("next", name): _Entry(name, True, lambda value, marks: value.masked_fill(marks.ends, 0.0).unsqueeze(-1))
+        for name in ("reward", "xformed_reward")
+    },
+    ("next", "done"): _Entry(None, False, lambda _, marks: marks.next_ends.unsqueeze(-1)),
+    ("next", "terminated"): _Entry("done", True, _task_ends(schema.TERMINATED)),
+    ("next", "truncated"): _Entry("done", True, _task_ends(schema.TRUNCATED)),
 }
 
 
@@ -80,75 +123,64 @@ def as_rows(index: Any, length: int) -> torch.Tensor:
     return torch.where(rows < 0, rows + length, rows) if low < 0 else rows
 
 
-def selection(keys: Iterable[NestedKey] | None) -> tuple[set[NestedKey], set[str]]:
-    """Returns the entries that some keys ask for, and the columns that these are read from.
+class Selection:
+    """The entries that are asked for, and the columns that these are read from.
 
     Args:
         keys: entries; a nested one, such as ``"next"``, stands for all in it; unknown ones ask for nothing.
             ``None``: every entry.
 
+    Raises:
+        TypeError: a plain string instead of a list.
+
     Examples:
-        >>> sorted(selection([("next", "previous", "reward"), "value"])[1])
-        ['reward']
+        >>> Selection([("next", "previous", "reward"), "action", schema.PREVIOUS_ACTION, "value"]).parts
+        {'action': Ellipsis, 'reward': 1}
     """
-    if isinstance(keys, str):
-        raise TypeError(f"DatasetStore.select: keys must be a list of keys, got {keys!r}. Write [{keys!r}].")
-    layout = {**_ROOT, **_FOLLOWING}
-    asked = {schema.MASK, *(layout if keys is None else map(unravel_key, keys))}
-    wanted = {key for key in layout if key in asked or (isinstance(key, tuple) and asked & {key[0], key[:2]})}
-    return wanted, {column for key in wanted if (column := layout[key])}
 
+    def __init__(self, keys: Iterable[NestedKey] | None) -> None:
+        if isinstance(keys, str):
+            raise TypeError(f"DatasetStore.select: keys must be a list of keys, got {keys!r}. Write [{keys!r}].")
+        self._keys = keys = None if keys is None else list(keys)
+        asked = {schema.MASK, *(_LAYOUT if keys is None else map(unravel_key, keys))}
+        self._entries = {
+            key: entry
+            for key, entry in _LAYOUT.items()
+            if key in asked or (isinstance(key, tuple) and asked & {key[0], key[:2]})
+        }
+        read = {
+            column: {entry.of_next for entry in self._entries.values() if entry.column == column} for column in COLUMNS
+        }
+        self.parts: dict[str, Part] = {
+            column: BOTH if len(of_next) == 2 else int(*of_next) for column, of_next in read.items() if of_next
+        }
 
-def to_steps(
-    records: Records, wanted: Collection[NestedKey], begins: torch.Tensor, ends: torch.Tensor, next_ends: torch.Tensor
-) -> TensorDict:
-    """Builds steps from pairs of records.
+    def __reduce__(self) -> tuple[type[Selection], tuple[Any, ...]]:
+        return Selection, (self._keys,)
 
-    Args:
-        records: columns ``[2, *, ...]``: each step's own record, and the next one of its task (or itself, at the end).
-        wanted: the entries to return.
-        begins: bool ``[*]``, true at a task's first record.
-        ends: bool ``[*]``, true at its last, where nothing is decided.
-        next_ends: bool ``[*]``, true where the next record is its last.
-    """
-    entries: dict[Any, torch.Tensor] = {}
-    for key, value in _frame_entries(records).items():
-        entries[key], entries[_NEXT[key]] = value.unbind(0)
-    entries[schema.IS_INIT] = begins.unsqueeze(-1)
-    entries["next", "is_init"] = torch.zeros_like(entries[schema.IS_INIT])
-    entries[schema.MASK] = ~ends
-    if "metadata_q_star" in records:
-        entries[schema.Q_STAR] = records["metadata_q_star"][0]
-    if "action" in records:
-        entries[schema.ACTION] = records["action"][1].masked_fill(ends, 0)
-    for name in {"reward", "xformed_reward"} & records.keys():
-        entries["next", name] = records[name][1].masked_fill(ends, 0.0).unsqueeze(-1)
-    entries["next", "done"] = task_ends = next_ends.unsqueeze(-1)
-    if "done" in records:
-        terminated = entries["next", "previous", "terminated"]
-        entries["next", "terminated"] = task_ends & terminated
-        entries["next", "truncated"] = task_ends & ~terminated
+    def steps(
+        self, records: Records, *, begins: torch.Tensor, ends: torch.Tensor, next_ends: torch.Tensor
+    ) -> TensorDict:
+        """Builds steps ``[*]`` from pairs of records.
 
-    nested: dict[Any, Any] = {}
-    for key, value in entries.items():
-        if key in wanted:
-            *parents, leaf = (key,) if isinstance(key, str) else key
-            level = nested
-            for parent in parents:
-                level = level.setdefault(parent, {})
-            level[leaf] = value
-    return TensorDict(nested, begins.shape)
-
-
-def _frame_entries(records: Records) -> dict[Any, torch.Tensor]:
-    """The entries of a frame that are read from its record."""
-    entries: dict[Any, torch.Tensor] = {
-        key: records[column] if column in _AS_READ else records[column].unsqueeze(-1)
-        for key, column in _FRAME.items()
-        if column in records and column != "done"
-    }
-    if "done" in records:
-        done = records["done"].unsqueeze(-1)
-        entries[schema.PREVIOUS_TERMINATED] = done == schema.TERMINATED
-        entries[schema.PREVIOUS_TRUNCATED] = done == schema.TRUNCATED
-    return entries
+        Args:
+            records: the parts of columns, of each step's own record and of the next one of its task (or of itself, at
+                the end): ``[*, ...]``, or ``[2, *, ...]`` of both.
+            begins: bool ``[*]``, true at a task's first record.
+            ends: bool ``[*]``, true at its last, where nothing is decided.
+            next_ends: bool ``[*]``, true where the next record is its last.
+        """
+        marks = _Marks(begins, ends, next_ends)
+        nested: dict[str, Any] = {}
+        for key, (column, of_next, make) in self._entries.items():
+            if column is None or column in records:
+                value = begins if column is None else records[column]
+                if column is not None and self.parts[column] is BOTH:
+                    value = value[int(of_next)]
+                *parents, leaf = (key,) if isinstance(key, str) else key
+                level: dict[str, Any] = nested
+                for parent in parents:
+                    level = level.setdefault(parent, {})
+                level[leaf] = make(value, marks)
+        # The shapes are right by construction; to check them would take as long as half of the reading.
+        return TensorDict._new_unsafe(nested, batch_size=begins.shape)

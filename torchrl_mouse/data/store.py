@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import datasets
@@ -16,7 +16,7 @@ from torchrl_mouse.data.collected import TaskAssembler, record_columns
 from torchrl_mouse.data.columns import COLUMNS, PADDING, TASK, UNLIMITED, Columns, Records, one_row
 from torchrl_mouse.data.rows import ArrowRows, TensorRows, dataset_parts, load_rows, pieces, read_columns, to_arrow
 from torchrl_mouse.data.saving import StoreCheckpointer, check_datasets
-from torchrl_mouse.data.steps import as_rows, selection, to_steps
+from torchrl_mouse.data.steps import OWN, Part, Selection, as_rows
 
 if TYPE_CHECKING:
     from tensordict.utils import NestedKey
@@ -104,7 +104,7 @@ class DatasetStore(Storage):
             >>> sorted(store[0:2].keys(include_nested=True, leaves_only=True), key=str)
             [('collector', 'mask'), 'action']
         """
-        self._wanted, self._selected = selection(keys)
+        self._selection = Selection(keys)
         return self
 
     def get(self, index: Any) -> TensorDict:
@@ -130,12 +130,13 @@ class DatasetStore(Storage):
             (torch.Size([2, 2]), [1])
         """
         rows = as_rows(index, self._require_rows("read"))
-        task = torch.searchsorted(self._task_bounds[:-1], rows, right=True)
-        first, last = self._task_bounds[task - 1], self._task_bounds[task] - 1
+        task = torch.searchsorted(self._task_bounds[:-1], rows, right=True).reshape(-1)
+        # `index_select` is many times faster than indexing.
+        first = self._task_bounds.index_select(0, task - 1).reshape(rows.shape)
+        last = self._task_bounds.index_select(0, task).reshape(rows.shape) - 1
         following = torch.minimum(rows + 1, last)
-        # One read for both frames, [2, *]: its halves share no memory.
-        records = self._read(torch.stack([rows, following]), self._selected)
-        return to_steps(records, self._wanted, begins=rows == first, ends=rows == last, next_ends=following == last)
+        records = self._read_pairs(torch.stack([rows, following]), self._selection.parts)
+        return self._selection.steps(records, begins=rows == first, ends=rows == last, next_ends=following == last)
 
     def _require_rows(self, what: str) -> int:
         if not len(self):
@@ -145,23 +146,27 @@ class DatasetStore(Storage):
             )
         return len(self)
 
-    def _read(self, rows: torch.Tensor, names: set[str]) -> Records:
-        """Reads columns in the store's dtypes and widths: ``[*]``, or ``[*, width]`` for those that hold lists."""
-        flat, names = rows.reshape(-1), names.intersection(self._names)
-        if len(self._blocks) == 1 or not len(flat):
-            records = read_columns(self._blocks[0], self._columns, flat, names)
-        else:
-            block_of = torch.searchsorted(self._block_starts, flat, right=True) - 1
-            order = block_of.argsort(stable=True)
-            blocks, counts = np.unique(block_of.numpy(), return_counts=True)
-            local = torch.split((flat - self._block_starts[block_of])[order], counts.tolist())
-            parts = [
-                read_columns(self._blocks[block], self._columns, here, names)
-                for block, here in zip(blocks, local, strict=True)
-            ]
-            back = order.argsort()
-            records = {name: torch.cat([part[name] for part in parts])[back] for name in names}
-        return {name: value.reshape(rows.shape + value.shape[1:]) for name, value in records.items()}
+    def _read(self, rows: torch.Tensor, names: Iterable[str]) -> Records:
+        """Reads columns in the store's dtypes and widths: ``[n]``, or ``[n, width]`` for those that hold lists."""
+        return self._read_pairs(rows.unsqueeze(0), dict.fromkeys(names, OWN))
+
+    def _read_pairs(self, rows: torch.Tensor, parts: Mapping[str, Part]) -> Records:
+        """Reads columns at ``rows[part]``, for ``rows`` ``[2, *]`` the steps' own and the next ones."""
+        parts = {name: part for name, part in parts.items() if name in self._names}
+        if len(self._blocks) == 1 or not rows.numel():
+            return read_columns(self._blocks[0], self._columns, rows, parts)
+        flat = rows.reshape(-1)
+        block_of = torch.searchsorted(self._block_starts, flat, right=True) - 1
+        order = block_of.argsort(stable=True)
+        blocks, counts = np.unique(block_of.numpy(), return_counts=True)
+        local = torch.split((flat - self._block_starts[block_of])[order], counts.tolist())
+        pieces_of = [
+            read_columns(self._blocks[block], self._columns, here.unsqueeze(0), dict.fromkeys(parts, OWN))
+            for block, here in zip(blocks, local, strict=True)
+        ]
+        back = order.argsort()
+        records = {name: torch.cat([piece[name] for piece in pieces_of])[back] for name in parts}
+        return {name: value.reshape(rows.shape + value.shape[1:])[parts[name]] for name, value in records.items()}
 
     def from_dataset(
         self,
