@@ -157,6 +157,7 @@ class LossContract:
         steps = make_steps()
         before = steps.clone()
         loss(steps)
+        assert not any(value.requires_grad for value in steps.values(True, True))
         added = set(steps.keys(True, True)) - set(before.keys(True, True))
         assert added <= {"td_error", "vec_td_error"}
         assert (steps.select(*before.keys(True, True)) == before).all()
@@ -242,11 +243,14 @@ class LossContract:
         with pytest.raises(ValueError, match=rf"\('next', 'reward'\) must be finite, got {reward} at \(1, 3\)"):
             loss(steps)
 
-    def test_nothing_valid_costs_zero(self, loss):
-        steps = make_steps()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_nothing_valid_costs_zero(self, loss, dtype):
+        steps = make_steps().apply(lambda entry: entry.to(dtype) if entry.is_floating_point() else entry)
         steps[schema.MASK].fill_(False)
-        with pytest.warns(UserWarning, match="a batch must hold a step to learn from, got none in"):
+        loss = loss.to(dtype)
+        with pytest.warns(UserWarning, match="a batch must hold a step to learn from, got none in") as warned:
             out = loss(steps)
+        assert len(warned) == len(self.parts(loss)), "once for each loss"
         for key, value in out.items():
             assert value == 0, key
         total(out).backward()
@@ -280,8 +284,23 @@ class LossContract:
             assert value.dtype == torch.float64, key
             assert torch.allclose(value.float(), expected[key], atol=1e-5), key
 
+    @pytest.mark.parametrize("shape", [(2,), (1, 1)])
+    def test_entries_that_hold_several_values_a_step(self, loss, shape):
+        steps = make_steps()
+        steps["previous", "wide"] = torch.zeros(*steps.shape, *shape, dtype=torch.bool)
+        for part in self.parts(loss):
+            part.loss_mask_key = ("previous", "wide")
+        with pytest.raises(ValueError, match=r"'wide'\) must hold one value a step, \(3, 8\) or \(3, 8, 1\), got"):
+            loss(steps)
+
+    def test_mask_of_value_estimators_counts_too(self, loss):
+        steps = make_steps()
+        valid = torch.rand(steps.shape, generator=torch.Generator().manual_seed(3)) < 0.7
+        expected = loss(steps.clone().set(schema.MASK, steps[schema.MASK] & valid))
+        assert (loss(steps.set("shifted_valid", valid.unsqueeze(-1))) == expected).all()
+
     def test_unknown_key(self, loss):
-        with pytest.raises(ValueError, match="no_such_key is not an accepted tensordict key"):
+        with pytest.raises(ValueError, match=r"no_such_key is not an accepted tensordict key|got \['no_such_key'\]"):
             loss.set_keys(no_such_key="x")
 
     def test_every_key_can_be_nested_and_put_back(self, loss):
@@ -352,8 +371,9 @@ class LossContract:
         with pytest.raises(ValueError, match=r"must hold a flag for each of the head's 3 actions, got \(3, 8, 2\)"):
             loss(steps.clone().set(key, allowed[..., :2]))
 
-    def test_priority_weight_can_be_renamed(self):
-        steps, key = make_steps(), "importance"
+    @pytest.mark.parametrize("key", ["importance", ("agent", "importance")])
+    def test_priority_weight_can_be_renamed(self, key):
+        steps = make_steps()
         weights = torch.rand(steps.shape, generator=torch.Generator().manual_seed(5)) + 0.1
         expected = attach_targets(self.make_loss())(steps.clone().set("priority_weight", weights))
         loss = attach_targets(self.make_loss())

@@ -1,5 +1,7 @@
 """In-context DQN and CQL: contract, and values by hand on trajectories with every kind of end."""
 
+import copy
+import pickle
 import statistics
 
 import pytest
@@ -8,7 +10,10 @@ from loss_contract import NAN, TRANSITION_ENTRIES, LossContract, attach_targets,
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
+from torchrl.data import Categorical, OneHot
+from torchrl.modules import QValueActor
 
+from torchrl_mouse import schema
 from torchrl_mouse.modules import DQNHead
 from torchrl_mouse.objectives import MouseDQNLoss
 
@@ -25,7 +30,7 @@ class TestMouseDQNLoss(LossContract):
     @pytest.mark.parametrize("name", ["gamma", "gamma_terminal", "gamma_truncated"])
     @pytest.mark.parametrize("value", [-0.1, 1.1])
     def test_discount_out_of_range(self, name, value):
-        with pytest.raises(ValueError, match=rf"{name} must lie in \[0, 1\], got {value}"):
+        with pytest.raises(ValueError, match=rf"MouseDQNLoss: {name} must lie in \[0, 1\], .*got {value}"):
             self.make_loss(**{name: value})
 
     @pytest.mark.parametrize("value", [0, -1, 1.5, True, None])
@@ -35,11 +40,49 @@ class TestMouseDQNLoss(LossContract):
 
     @pytest.mark.parametrize("value", [1.1, [0.5, -0.1], [0.5, float("nan")]])
     def test_one_of_the_discounts_out_of_range(self, value):
-        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], got (1\.1|-0\.1|nan)"):
+        with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], one number or a list of some, got "):
             self.make_loss(gamma=value)
 
+    @pytest.mark.parametrize("value", [None, "high", [[0.9], 0.5]])
+    def test_gamma_of_wrong_type(self, value):
+        with pytest.raises(TypeError, match="gamma must be a number or a list of numbers, got"):
+            self.make_loss(gamma=value)
+
+    @pytest.mark.parametrize("name", ["cql_weight", "cql_scale_q_eps"])
+    @pytest.mark.parametrize("value", [-1.0, NAN])
+    def test_cql_options_out_of_range(self, name, value):
+        model = make_model()
+        with pytest.raises(ValueError, match=f"MouseDQNLoss: {name} must be at least 0, got {value}"):
+            MouseDQNLoss(model.head("dqn"), trunk=model.trunk, **{name: value})
+
+    @pytest.mark.parametrize("name", ["reward_scale", "reward_shift"])
+    def test_reward_options_must_be_finite(self, name):
+        with pytest.raises(ValueError, match=f"MouseDQNLoss: {name} must be finite, got nan"):
+            self.make_loss(**{name: NAN})
+
+    def test_discount_stays_exact_in_a_narrow_type(self):
+        loss = self.make_loss(gamma=0.999).to(torch.bfloat16)
+        assert loss.gamma.item() == pytest.approx(0.999)
+        assert next(loss.parameters()).dtype == torch.bfloat16
+        assert loss.double().gamma.dtype == torch.float64
+
+    def test_head_that_writes_several_entries(self):
+        actor = QValueActor(nn.Linear(16, 3), in_keys=["hidden"], spec=OneHot(3))
+        with pytest.raises(ValueError, match=r"MouseDQNLoss: head must write one entry, got \['action',"):
+            MouseDQNLoss(actor)
+
+    def test_a_copy_takes_its_actor_along(self):
+        model = make_model()
+        actor = model.actor(Categorical(3), head="dqn")
+        loss = attach_targets(MouseDQNLoss(model.head("dqn"), trunk=model.trunk, actor=actor))
+        for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+            own = {id(weight) for weight in other.parameters()}
+            assert own == {id(weight) for weight in other.value_network.parameters()}
+            assert not own & {id(weight) for weight in loss.parameters()}
+        assert {id(weight) for weight in loss.parameters()} == {id(weight) for weight in actor.parameters()}
+
     def test_no_discount(self):
-        with pytest.raises(ValueError, match=r"gamma must hold a discount, got \[\]"):
+        with pytest.raises(ValueError, match=r"gamma must lie in .* got \[\]"):
             self.make_loss(gamma=[])
 
     def test_negative_cql_weight(self):
@@ -80,6 +123,21 @@ class TestSeveralDiscounts(LossContract):
         match = f"action values for each of gamma's {len(gamma)} discounts, got 2. Build it with num_discounts"
         with pytest.raises(ValueError, match=match):
             loss(make_steps())
+
+    def test_discounts_can_be_scheduled(self):
+        loss, steps = attach_targets(self.make_loss()), make_steps()
+        loss.gamma = torch.tensor([0.3, 0.1])
+        assert (loss(steps.clone()) == attach_targets(self.make_loss(gamma=(0.3, 0.1)))(steps.clone())).all()
+        loss.gamma = 0.3
+        assert (loss(steps.clone()) == attach_targets(self.make_loss(gamma=(0.3, 0.3)))(steps)).all()
+
+    def test_last_step_counts_only_if_its_target_is_known_for_every_discount(self):
+        steps = make_steps()
+        steps[schema.MASK][:] = True
+        last = attach_targets(self.make_loss(gamma=(0.0, 0.9), reduction="none"))(steps.clone())["loss_dqn"][:, -1]
+        assert (last == 0).all()
+        last = attach_targets(self.make_loss(gamma=(0.0, 0.0), reduction="none"))(steps)["loss_dqn"][:, -1]
+        assert (last > 0).all()
 
     def test_head_of_one_discount(self):
         model = make_model()
@@ -492,6 +550,24 @@ def test_dqn_infinite_next_value_of_a_step_that_is_left_out():
     assert steps["observation"].grad.isfinite().all()
 
 
+def test_dqn_next_value_that_is_not_a_number_is_seen_where_it_counts():
+    steps = two_tasks()
+    steps["observation"][0, 1, 2:] = NAN
+    assert controlled_loss(gamma=0.5)(steps)["loss_dqn"].isnan()
+
+
+def test_dqn_rewards_of_a_narrow_type_are_normalised_in_full_precision():
+    steps = two_tasks()
+    expected = controlled_loss(gamma=0.5, normalize_reward_std=True)(steps.clone())
+    steps["next", "reward"] = steps["next", "reward"].to(torch.bfloat16)  # which holds these rewards exactly
+    assert (controlled_loss(gamma=0.5, normalize_reward_std=True)(steps) == expected).all()
+
+
+def test_dqn_masked_frame_is_still_the_next_one():
+    steps = window(ONLINE[:3], TARGET[:3], [0, 1, 0], [1.0, 2.0, 3.0], padding=[2])
+    assert per_step(steps, gamma=0.5) == errors([1 + 10, 2 + 15.5, None], [1.0, 4.0, None])
+
+
 def test_dqn_without_target_head():
     loss = controlled_loss(gamma=0.5, delay_value=False, reduction="none")
     assert "target_head_params" not in dict(loss.named_children())
@@ -501,6 +577,16 @@ def test_dqn_without_target_head():
     assert out.squeeze(0).tolist() == pytest.approx([(1 - (1 + 2)) ** 2, (4 - (2 + 45.5)) ** 2, 0.0])
     out.sum().backward()
     assert (steps["observation"].grad[0, 2] == 0).all(), "the next value is a target, without gradient"
+
+
+def test_what_heads_read_is_read():
+    head = TensorDictModule(lambda hidden, more: hidden[..., :2] + more, ["hidden", ("agent", "more")], ["q"])
+    trunk = TensorDictModule(nn.Identity(), ["observation"], ["hidden"])
+    loss = MouseDQNLoss(head, trunk=trunk, delay_value=False)
+    assert ("agent", "more") in loss.in_keys
+    assert "hidden" not in loss.in_keys
+    alone = MouseDQNLoss(head, delay_value=False)
+    assert {"hidden", ("agent", "more")} <= set(alone.in_keys)
 
 
 def test_dqn_reads_hidden_without_trunk():

@@ -392,3 +392,10 @@ def test_vec_dqn_cost_is_one_minus_the_cosine_and_does_not_move_the_target(seed,
     assert following.grad is None
     taken = torch.nn.functional.one_hot(action, 3).bool()
     assert (vectors.grad[~taken] == 0).all()
+
+
+def test_greedy_vector_is_of_an_allowed_action():
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    for action in range(3):
+        allowed = torch.arange(3) == action
+        assert torch.equal(greedy_vector(vectors, allowed), vectors[action])

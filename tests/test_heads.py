@@ -92,3 +92,13 @@ def test_bad_sizes_of_other_heads():
         GaussianHead(16, 0)
     with pytest.raises(ValueError, match=r"SwiGLUHead: out_dim must be at least 1, got 0\."):
         DQNHead(16, 0)
+
+
+def test_action_values_of_a_discount_lie_side_by_side():
+    head = DQNHead(16, 5, num_discounts=3, num_layers=1, use_norm=False)
+    hidden = torch.randn(2, 16)
+    last = head.online.layers[-1]
+    for discount in range(3):
+        rows = slice(5 * discount, 5 * discount + 5)
+        expected = hidden @ last.weight[rows].T + last.bias[rows]
+        assert torch.allclose(head(hidden)[:, discount], expected, atol=1e-6)

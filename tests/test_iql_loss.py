@@ -52,6 +52,19 @@ class TestMouseIQLLoss(LossContract):
             loss(make_steps())
 
 
+def test_heads_may_write_the_same_entry():
+    model, steps = make_model(), make_steps()
+    value = TensorDictModule(SwiGLUHead(16, 1, hidden_dim=8), ["hidden"], ["value"])
+    outputs = []
+    for names in (("one", "two", "three"), ("same", "same", "same")):
+        heads = [
+            TensorDictModule(head.module, ["hidden"], [name])
+            for head, name in zip((model.head("dqn"), value, model.head("sp")), names, strict=True)
+        ]
+        outputs.append(MouseIQLLoss(*heads, trunk=model.trunk, delay_value=False)(steps.clone()))
+    assert (outputs[0] == outputs[1]).all()
+
+
 VALUES = [2.0, -1.0, 50.0, 5.5, 60.0, 8.0, 3.0, 12.0]
 LOGITS = [[0.1 * step, -0.2 * step] for step in range(8)]
 DECISIONS = (0, 1, 3, 5, 6)

@@ -98,6 +98,32 @@ class TestCombinedLoss(LossContract):
         assert ("next", "reward") not in loss.in_keys
         assert (loss(steps) == expected).all()
 
+    def test_mask_key_is_set_for_every_part(self, loss):
+        loss.loss_mask_key = "valid"
+        assert loss.loss_mask_key == "valid"
+        assert {part.loss_mask_key for part in loss.losses.values()} == {"valid"}
+        with pytest.raises(KeyError, match="'valid'"):
+            loss(make_steps())
+
+    def test_keys_are_those_of_the_parts(self, loss):
+        with pytest.raises(ValueError, match=r"must be set on one of the losses \(dqn, .*\), got \['reward'\]"):
+            loss.set_keys(reward="scaled")
+
+    def test_parts_that_write_the_same_priority(self, loss):
+        loss.losses["vec_dqn"].set_keys(priority="td_error")
+        match = r"priorities to distinct entries, got 'td_error' of both 'dqn' and 'vec_dqn'. Move one"
+        with pytest.raises(ValueError, match=match):
+            loss(make_steps())
+
+    def test_no_parts(self):
+        with pytest.raises(ValueError, match="CombinedLoss: losses must be at least one"):
+            CombinedLoss(make_model().trunk, {})
+
+    def test_weight_that_is_not_finite(self):
+        model = make_model()
+        with pytest.raises(ValueError, match="weights must be finite, got nan for 'sp'"):
+            CombinedLoss(model.trunk, {"sp": SupervisedPolicyLoss(model.head("sp"))}, weights={"sp": float("nan")})
+
     def test_part_with_a_trunk(self):
         model = make_model()
         part = SupervisedPolicyLoss(model.head("sp"), trunk=model.trunk)

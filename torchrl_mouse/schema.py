@@ -131,7 +131,7 @@ def decision_mask(
     decision = ~is_terminal_frame(steps, terminated=terminated, truncated=truncated)
     if steps.get(MASK, None) is None:
         return decision
-    return decision & require(steps, MASK, "bool").reshape(decision.shape)
+    return decision & per_step(steps, MASK, "bool")
 
 
 def require(
@@ -159,6 +159,37 @@ def require(
     if kind is not None and _kind(value.dtype) != kind:
         raise TypeError(f"steps: entry {key!r} must be of {kind} type, got {value.dtype}. Convert it where it is made.")
     return value
+
+
+def per_step(
+    steps: TensorDictBase, key: NestedKey, kind: Literal["bool", "integer", "float"] | None = None
+) -> torch.Tensor:
+    """Returns an entry that holds one value a step.
+
+    Args:
+        steps: steps ``[*]``.
+        key: the key of an entry ``[*]`` or ``[*, 1]``.
+        kind: see :func:`require`.
+
+    Returns:
+        ``[*]``.
+
+    Raises:
+        KeyError: the entry is absent.
+        TypeError: its type is of another kind.
+        ValueError: its shape is another.
+
+    Examples:
+        >>> per_step(TensorDict({"reward": torch.ones(2, 1)}, [2]), "reward").tolist()
+        [1.0, 1.0]
+    """
+    value = require(steps, key, kind)
+    if value.shape not in (steps.shape, (*steps.shape, 1)):
+        raise ValueError(
+            f"steps: entry {key!r} must hold one value a step, {tuple(steps.shape)} or {(*steps.shape, 1)}, got "
+            f"{tuple(value.shape)}. Choose one of them where it is made."
+        )
+    return value.reshape(steps.shape)
 
 
 def _kind(dtype: torch.dtype) -> str:

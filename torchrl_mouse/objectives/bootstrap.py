@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from tensordict.utils import unravel_key
@@ -14,7 +14,7 @@ from torchrl_mouse.functional import episode_discount, normalize_reward, td_targ
 from torchrl_mouse.objectives.common import InContextLoss
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tensordict import TensorDictBase
     from tensordict.nn import TensorDictModule, TensorDictModuleBase
@@ -67,6 +67,9 @@ class BootstrappingLoss(InContextLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(head, trunk=trunk, delay_value=delay_value, reduction=reduction)
+        for name, value in (("reward_scale", reward_scale), ("reward_shift", reward_shift)):
+            if not math.isfinite(value):
+                raise ValueError(f"{type(self).__name__}: {name} must be finite, got {value}.")
         self.reward_scale = reward_scale
         self.reward_shift = reward_shift
         self.normalization: dict[str, Any] = {
@@ -76,18 +79,13 @@ class BootstrappingLoss(InContextLoss):
             "normalize_reward_std_target": normalize_reward_std_target,
         }
         for name in ("normalize_reward_eps", "normalize_reward_std_target"):
-            if self.normalization[name] <= 0:
+            if not self.normalization[name] > 0:
                 raise ValueError(f"{type(self).__name__}: {name} must be positive, got {self.normalization[name]}.")
 
     def _loss_keys(self) -> list[NestedKey]:
         keys = self.tensor_keys
         following = [("next", key) for key in (keys.reward, keys.done, keys.terminated, keys.truncated)]
         return [keys.is_init, keys.terminated, keys.truncated, keys.action, *following]
-
-    def _target_output(self, steps: TensorDictBase) -> torch.Tensor:
-        """Returns the target head's output at the same frames, without gradient."""
-        with torch.no_grad(), self.target_head_params.to_module(self.head, preserve_module_state=False):
-            return self._output(self.head(steps.select(*self.head.in_keys)), self.head)
 
     def _actions(
         self, steps: TensorDictBase, num_actions: int, valid: torch.Tensor, mask: torch.Tensor | None
@@ -137,7 +135,7 @@ class BootstrappingLoss(InContextLoss):
         Returns:
             int64 ``[*, T, 1]``, for ``take_along_dim(..., -2)``, and bool ``[*, T]``.
         """
-        is_init = schema.require(steps, self.tensor_keys.is_init, "bool").reshape(steps.shape)
+        is_init = schema.per_step(steps, self.tensor_keys.is_init, "bool")
         num = is_init.shape[-1]
         index = torch.arange(num, device=is_init.device) + 1 + beyond.long()
         at = index.clamp(max=num - 1)
@@ -151,7 +149,7 @@ class BootstrappingLoss(InContextLoss):
 
     @staticmethod
     def _next(steps: TensorDictBase, key: NestedKey, kind: Literal["bool"] | None = None) -> torch.Tensor:
-        return schema.require(steps, unravel_key(("next", key)), kind).reshape(steps.shape)
+        return schema.per_step(steps, unravel_key(("next", key)), kind)
 
 
 class DiscountedLoss(BootstrappingLoss):
@@ -173,7 +171,8 @@ class DiscountedLoss(BootstrappingLoss):
 
     Args:
         head: as in :class:`BootstrappingLoss`.
-        gamma: discount per step, in [0, 1]; or several, for a head with an output for each.
+        gamma: discount per step, in [0, 1]; or several, for a head with an output for each. It can be scheduled by
+            assigning to ``loss.gamma``, a number, or for several discounts a tensor of as many.
         gamma_terminal: discount over an episode's termination, in [0, 1].
         gamma_truncated: discount over an episode's truncation, in [0, 1]; ``gamma`` by default.
         n_steps: how many rewards a target adds up before it bootstraps; fewer where the window ends, or a step limit
@@ -182,6 +181,7 @@ class DiscountedLoss(BootstrappingLoss):
         options: of :class:`BootstrappingLoss`.
 
     Raises:
+        TypeError: ``gamma`` is no number and no list of them.
         ValueError: an option is out of range.
     """
 
@@ -199,23 +199,30 @@ class DiscountedLoss(BootstrappingLoss):
         **options: Any,
     ) -> None:
         super().__init__(head, **options)
-        several: list[float | None] = list(gamma) if isinstance(gamma, Iterable) else [gamma]
-        if not several:
-            raise ValueError(f"{type(self).__name__}: gamma must hold a discount, got {gamma}.")
-        given: dict[str, list[float | None]] = {
-            "gamma": several,
-            "gamma_terminal": [gamma_terminal],
-            "gamma_truncated": [gamma_truncated],
-        }
-        for name, value in ((name, value) for name, values in given.items() for value in values):
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{type(self).__name__}: {name} must lie in [0, 1], got {value}.")
+        where = type(self).__name__
+        try:
+            discounts = torch.as_tensor(gamma, dtype=torch.float32).clone()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"{where}: gamma must be a number or a list of numbers, got {gamma!r}.") from error
+        if discounts.ndim > 1 or not discounts.numel() or not ((discounts >= 0) & (discounts <= 1)).all():
+            raise ValueError(f"{where}: gamma must lie in [0, 1], one number or a list of some, got {gamma}.")
+        if not 0 <= gamma_terminal <= 1:
+            raise ValueError(f"{where}: gamma_terminal must lie in [0, 1], got {gamma_terminal}.")
+        if gamma_truncated is not None and not 0 <= gamma_truncated <= 1:
+            raise ValueError(f"{where}: gamma_truncated must lie in [0, 1], got {gamma_truncated}.")
         if isinstance(n_steps, bool) or not isinstance(n_steps, int) or n_steps < 1:
-            raise ValueError(f"{type(self).__name__}: n_steps must be an integer of at least 1, got {n_steps!r}.")
-        self.register_buffer("gamma", torch.tensor(gamma, dtype=torch.float32))
+            raise ValueError(f"{where}: n_steps must be an integer of at least 1, got {n_steps!r}.")
+        self.register_buffer("gamma", discounts)
         self.gamma_terminal = gamma_terminal
         self.gamma_truncated = gamma_truncated
         self.n_steps = n_steps
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        exact = self.gamma
+        super()._apply(fn)
+        # A discount of .999 is 1 in bfloat16.
+        self.gamma = exact.to(self.gamma.device, torch.promote_types(self.gamma.dtype, torch.float32))
+        return self
 
     def _returns(self, steps: TensorDictBase, state_value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the targets of a step's value for each discount ``[*, T, D]``, and which steps have one ``[*, T]``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,21 +32,22 @@ class InContextLoss(LossModule):
 
     Steps at terminal frames, where nothing is decided, are left out, and those that a mask excludes, as everywhere in
     TorchRL: ``("collector", "mask")`` where it is there, or the entry that ``loss.loss_mask_key`` names.
-    A batch in which no step is left costs zero, with a warning.
+    A batch in which no step is left costs zero, with a warning. A step that is masked still is the next frame of the
+    one before it: pad windows by repeating the last frame, as :class:`~torchrl_mouse.data.WindowSampler` does.
 
     Where actions are not always allowed, ``loss.set_keys(action_mask="action_mask")`` names the entry, bool
     ``[*, T, A]``, that is true where one is. It is read at every frame; where it allows none, as may be at an episode's
     end, all count.
 
     Args:
-        head: reads ``hidden`` and writes the head's output.
+        head: reads ``hidden`` and writes the head's output, as its only entry.
         trunk: writes ``hidden``; ``None`` where the input holds it already. It has no target: a slowly moving copy of
             the head alone steadies bootstrapping, at no cost in memory.
         delay_value: keep a target copy of the head, moved by ``SoftUpdate`` or ``HardUpdate``.
         reduction: ``"mean"`` over the valid steps, ``"sum"`` or ``"none"`` (invalid steps are zero).
 
     Raises:
-        ValueError: an unknown reduction.
+        ValueError: an unknown reduction, or a head that writes several entries.
     """
 
     @dataclass
@@ -57,7 +59,8 @@ class InContextLoss(LossModule):
 
     tensor_keys: Any
     default_keys: Any = _AcceptedKeys
-    output_dims: tuple[str, ...] = ("A",)  # of the head's output at a step
+    heads: tuple[str, ...] = ("head",)
+    output_dims: tuple[str, ...] = ("A",)  # of a head's output at a step
     min_steps = 1
     head: TensorDictModule
     head_params: TensorDictParams
@@ -77,35 +80,38 @@ class InContextLoss(LossModule):
         super().__init__()
         if reduction not in REDUCTIONS:
             raise ValueError(f"{type(self).__name__}: reduction must be one of {REDUCTIONS}, got {reduction!r}.")
-        self._in_keys: list[NestedKey] | None = None
         self.reduction = reduction
         self.use_prioritized_weights: bool | str = "auto"
         self.has_trunk = trunk is not None
         if trunk is not None:
             self.convert_to_functional(trunk, "trunk", create_target_params=False)
-        self.convert_to_functional(head, "head", create_target_params=delay_value)
+        self._add_head("head", head, create_target_params=delay_value)
+
+    def _add_head(self, name: str, head: TensorDictModule, *, create_target_params: bool = False) -> None:
+        if len(head.out_keys) != 1:
+            raise ValueError(
+                f"{type(self).__name__}: {name} must write one entry, got {head.out_keys}. "
+                "Give the network alone, without what acts on it."
+            )
+        self.convert_to_functional(head, name, create_target_params=create_target_params)
 
     @property
     def in_keys(self) -> list[NestedKey]:
         """The entries that the loss reads."""
-        if self._in_keys is not None:
-            return self._in_keys
-        read = [key for key in self.trunk.in_keys if key != schema.STREAM] if self.has_trunk else [schema.HIDDEN]
+        read: list[Any] = [key for key in self.trunk.in_keys if key != schema.STREAM] if self.has_trunk else []
+        written = self.trunk.out_keys if self.has_trunk else ()
+        read += [key for name in self.heads for key in getattr(self, name).in_keys if key not in written]
         named = [key for key in (self.tensor_keys.action_mask, self.loss_mask_key) if key not in (None, "auto")]
         return list(dict.fromkeys(unravel_key_list([*read, *self._loss_keys(), *named])))
-
-    @in_keys.setter
-    def in_keys(self, keys: list[NestedKey]) -> None:
-        self._in_keys = keys
 
     def _loss_keys(self) -> list[NestedKey]:
         return [self.tensor_keys.terminated, self.tensor_keys.truncated]
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
-        self._in_keys = None
+        """Has nothing to forward, as there is no value estimator."""
 
-    def _predict(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Returns the steps with the trunk's and the head's outputs; the input is left as it was."""
+    def _with_hidden(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Returns the steps with what the trunk writes; the input is left as it was."""
         if tensordict.ndim == 0:
             raise ValueError(f"{type(self).__name__}: steps must be [*, T], got no time dimension.")
         if tensordict.shape[-1] < self.min_steps:
@@ -117,17 +123,23 @@ class InContextLoss(LossModule):
         if self.has_trunk:
             with self.trunk_params.to_module(self.trunk, preserve_module_state=False):
                 self.trunk(steps)
-        with self.head_params.to_module(self.head, preserve_module_state=False):
-            self.head(steps)
         return steps
 
-    def _output(self, steps: TensorDictBase, head: TensorDictModule) -> torch.Tensor:
+    def _output(self, steps: TensorDictBase, name: str = "head", *, target: bool = False) -> torch.Tensor:
         """Returns a head's output, in float32 at least: sums of a narrower type lose what losses are about."""
-        output: torch.Tensor = steps.get(head.out_keys[0])
+        head: TensorDictModule = getattr(self, name)
+        params: TensorDictParams = getattr(self, f"target_{name}_params" if target else f"{name}_params")
+        for key in head.in_keys:
+            schema.require(steps, key)
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and not target),
+            params.to_module(head, preserve_module_state=False),
+        ):
+            output: torch.Tensor = head(steps.select(*head.in_keys)).get(head.out_keys[0])
         if output.ndim != steps.ndim + len(self.output_dims):
             shape = ", ".join(self.output_dims)
             raise ValueError(
-                f"{type(self).__name__}: the head must write [*, T, {shape}], got {tuple(output.shape)} for steps "
+                f"{type(self).__name__}: the {name} must write [*, T, {shape}], got {tuple(output.shape)} for steps "
                 f"{tuple(steps.shape)}. Take the head that the loss is for."
             )
         return output.to(torch.promote_types(output.dtype, torch.float32))
@@ -138,7 +150,7 @@ class InContextLoss(LossModule):
         decisions = ~schema.is_terminal_frame(steps, terminated=keys.terminated, truncated=keys.truncated)
         for key in self._loss_mask_keys():
             if self.loss_mask_key != "auto" or steps.get(key, None) is not None:
-                decisions = decisions & schema.require(steps, key, "bool").reshape(decisions.shape)
+                decisions = decisions & schema.per_step(steps, key, "bool")
         return decisions
 
     def _action_mask(self, steps: TensorDictBase, num_actions: int) -> torch.Tensor | None:
@@ -154,24 +166,25 @@ class InContextLoss(LossModule):
             )
         return mask | ~mask.any(-1, keepdim=True)
 
-    def _reduce(self, loss: torch.Tensor, valid: torch.Tensor, tensordict: TensorDictBase) -> torch.Tensor:
-        """Reduces a loss ``[*, T]`` over the valid steps; a batch without any costs zero."""
+    def _warn_of_nothing(self, valid: torch.Tensor) -> None:
         if schema.can_look_at(valid) and not valid.any():
             warnings.warn(
                 f"{type(self).__name__}: a batch must hold a step to learn from, got none in {tuple(valid.shape)}: its "
                 "loss is zero. Look at its masks, ends of episodes, and windows' lengths.",
                 stacklevel=2,
             )
-        weights = self._maybe_get_priority_weight(tensordict)
-        loss = torch.where(valid, loss, 0.0)
-        if weights is not None:
-            weights = weights.reshape(weights.shape[: loss.ndim] + (1,) * (loss.ndim - weights.ndim)).expand_as(loss)
-            loss = loss * weights
+
+    def _reduce(self, loss: torch.Tensor, valid: torch.Tensor, tensordict: TensorDictBase) -> torch.Tensor:
+        """Reduces a loss ``[*, T]`` over the valid steps; a batch without any costs zero."""
+        loss, count = torch.where(valid, loss, 0.0), valid.to(loss.dtype)
+        key = self.tensor_keys.priority_weight
+        if self.use_prioritized_weights and tensordict.get(key, None) is not None:
+            weights = schema.per_step(tensordict, key).to(loss.dtype)
+            loss, count = loss * weights, count * weights
         if self.reduction == "none":
             return loss
         if self.reduction == "sum":
             return loss.sum()
-        count = valid if weights is None else valid * weights
         return loss.sum() / count.sum().clamp_min(torch.finfo(loss.dtype).tiny)
 
 
@@ -201,8 +214,11 @@ class CombinedLoss(LossModule):
         losses: by name, losses built without a trunk, on heads that read ``hidden``.
         weights: factor of each loss's terms; 1 where not given.
 
+    Keys are those of the losses: ``loss.losses["dqn"].set_keys(...)``; a ``loss_mask_key`` is set for all of them.
+
     Raises:
-        ValueError: a loss has a trunk of its own, a weight names no loss, or two losses write the same entry.
+        ValueError: no losses, one with a trunk of its own, a weight that names none or is not finite, or two losses
+            that write the same entry.
 
     Examples:
         >>> from torchrl_mouse.models import MouseConfig, MouseModel
@@ -216,6 +232,7 @@ class CombinedLoss(LossModule):
     trunk: TensorDictModuleBase
     trunk_params: TensorDictParams
     target_trunk_params: TensorDictParams
+    _loss_mask_key: NestedKey | None
 
     def __init__(
         self,
@@ -226,6 +243,11 @@ class CombinedLoss(LossModule):
     ) -> None:
         super().__init__()
         weights = dict(weights or {})
+        if not losses:
+            raise ValueError("CombinedLoss: losses must be at least one, got none. Give them by name.")
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise ValueError(f"CombinedLoss: weights must be finite, got {weight} for {name!r}.")
         if unknown := set(weights) - set(losses):
             raise ValueError(f"CombinedLoss: weights must name losses ({', '.join(losses)}), got {sorted(unknown)}.")
         self.out_keys: list[str] = []
@@ -241,6 +263,28 @@ class CombinedLoss(LossModule):
         self.convert_to_functional(trunk, "trunk", create_target_params=False)
         self.losses = nn.ModuleDict(losses)
         self.looks_ahead = not all(isinstance(loss, InContextLoss) for loss in losses.values())
+
+    def set_keys(self, **kwargs: Any) -> None:
+        """Refuses: keys are those of the losses.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"CombinedLoss: keys must be set on one of the losses ({', '.join(self.losses)}), got {sorted(kwargs)}. "
+            "Use loss.losses[name].set_keys(...)."
+        )
+
+    @property
+    def loss_mask_key(self) -> NestedKey | None:
+        """The entry that marks the steps that count; setting it sets it for each of the losses."""
+        return self._loss_mask_key
+
+    @loss_mask_key.setter
+    def loss_mask_key(self, key: NestedKey | None) -> None:
+        self._loss_mask_key = key
+        for loss in self.losses.values():
+            setattr(loss, "loss_mask_key", key)  # noqa: B010 - as a module, it has no such attribute for type checkers
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -269,12 +313,18 @@ class CombinedLoss(LossModule):
             hidden = frames.get(schema.HIDDEN)
             steps.set(schema.HIDDEN, hidden[..., :-1, :]).set(("next", schema.HIDDEN), hidden[..., 1:, :])
         out: dict[str, torch.Tensor] = {}
+        prioritized: dict[NestedKey, str] = {}
         for name, loss in self.losses.items():
             own = steps.copy()  # What a loss leaves in its input is not the next one's.
             for key, value in loss(own).items():
                 out[key] = value * self.weights[name] if key.startswith("loss") else value
             priority = getattr(loss.tensor_keys, "priority", None)
             if priority is not None and (error := own.get(priority, None)) is not None:
+                if (other := prioritized.setdefault(priority, name)) != name:
+                    raise ValueError(
+                        f"CombinedLoss: losses must write priorities to distinct entries, got {priority!r} of both "
+                        f"{other!r} and {name!r}. Move one: loss.losses[{name!r}].set_keys(priority=...)."
+                    )
                 tensordict.set(priority, error)
         return TensorDict(out)
 

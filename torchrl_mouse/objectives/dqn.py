@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import copy
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 
 from torchrl_mouse.functional import dqn_costs, masked_moments
@@ -88,14 +89,25 @@ class MouseDQNLoss(DiscountedLoss):
         super().__init__(head, gamma=gamma, **options)
         if actor is not None:  # Not as a module of the loss: its weights are there already.
             self.__dict__["value_network"] = actor
-        if cql_weight < 0:
-            raise ValueError(f"MouseDQNLoss: cql_weight must be at least 0, got {cql_weight}.")
+        for name, value in (("cql_weight", cql_weight), ("cql_scale_q_eps", cql_scale_q_eps)):
+            if not value >= 0:
+                raise ValueError(f"MouseDQNLoss: {name} must be at least 0, got {value}.")
         if self.gamma.ndim:
             self.output_dims = ("D", "A")
         self.cql_weight = cql_weight
         self.cql_scale_q = cql_scale_q
         self.cql_scale_q_eps = cql_scale_q_eps
         self.double_dqn = double_dqn
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # `TensorDictParams` do not tell `deepcopy` of their weights, and the actor's copy would have others.
+        for params in (child for child in self.children() if isinstance(child, TensorDictParams)):
+            copied = memo[id(params)] = copy.deepcopy(params, memo)
+            for key, weight in params.items(True, True):
+                memo[id(weight)] = copied.get(key)
+        duplicate = memo[id(self)] = type(self).__new__(type(self))
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -115,14 +127,15 @@ class MouseDQNLoss(DiscountedLoss):
             ValueError: an action is out of range or not allowed, a reward is not finite, the window has one step, or
                 the head writes another shape.
         """
-        steps = self._predict(tensordict)
-        action_value = self._by_discount(self._output(steps, self.head))
-        target = self._by_discount(self._target_output(steps))
+        steps = self._with_hidden(tensordict)
+        action_value = self._by_discount(self._output(steps))
+        target = self._by_discount(self._output(steps, target=True))
         mask = self._action_mask(steps, action_value.shape[-1])
         choice = action_value.detach() if self.double_dqn else target
         if mask is not None:
             choice = choice.masked_fill(~mask.unsqueeze(-2), -torch.inf)
         y, valid = self._returns(steps, target.gather(-1, choice.argmax(-1, keepdim=True)).squeeze(-1))
+        self._warn_of_nothing(valid)
         action = self._actions(steps, action_value.shape[-1], valid, mask)
         costs = dqn_costs(
             action_value,

@@ -65,6 +65,7 @@ class MouseIQLLoss(DiscountedLoss):
         ['advantage_mean', 'loss_actor', 'loss_qvalue', 'loss_value']
     """
 
+    heads = ("head", "value_head", "policy_head")
     out_keys = ["loss_actor", "loss_qvalue", "loss_value", "advantage_mean"]  # noqa: RUF012 - TorchRL's contract
     value_head: TensorDictModule
     value_head_params: TensorDictParams
@@ -92,8 +93,8 @@ class MouseIQLLoss(DiscountedLoss):
             raise ValueError(f"MouseIQLLoss: gamma must be one discount, got {self.gamma.tolist()}.")
         self.expectile = expectile
         self.temperature = temperature
-        self.convert_to_functional(value_head, "value_head", create_target_params=False)
-        self.convert_to_functional(policy_head, "policy_head", create_target_params=False)
+        self._add_head("value_head", value_head)
+        self._add_head("policy_head", policy_head)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -112,14 +113,8 @@ class MouseIQLLoss(DiscountedLoss):
             ValueError: an action is out of range or not allowed, a reward is not finite, the window has one step, or
                 a head writes another shape.
         """
-        steps = self._predict(tensordict)
-        with self.value_head_params.to_module(self.value_head, preserve_module_state=False):
-            self.value_head(steps)
-        with self.policy_head_params.to_module(self.policy_head, preserve_module_state=False):
-            self.policy_head(steps)
-        action_value, state_value, logits = (
-            self._output(steps, head) for head in (self.head, self.value_head, self.policy_head)
-        )
+        steps = self._with_hidden(tensordict)
+        action_value, state_value, logits = (self._output(steps, name) for name in self.heads)
         num_actions = action_value.shape[-1]
         if state_value.shape[-1] != 1 or logits.shape[-1] != num_actions:
             raise ValueError(
@@ -127,11 +122,12 @@ class MouseIQLLoss(DiscountedLoss):
                 f"{state_value.shape[-1]} and {logits.shape[-1]}. Give heads of these sizes."
             )
         y, valid = self._returns(steps, state_value.detach())
+        self._warn_of_nothing(valid)
         mask = self._action_mask(steps, num_actions)
         action = self._actions(steps, num_actions, valid, mask).unsqueeze(-1)
         if mask is not None:
             logits = torch.where(mask, logits, torch.finfo(logits.dtype).min)
-        advantage = self._target_output(steps).gather(-1, action) - state_value
+        advantage = self._output(steps, target=True).gather(-1, action) - state_value
         weight = (self.temperature * advantage.detach()).exp().clamp_max(MAX_WEIGHT)
         error = action_value.gather(-1, action) - y
         terms = {

@@ -31,7 +31,7 @@ class _TeacherLoss(InContextLoss):
         self, head: TensorDictModule, *, trunk: TensorDictModuleBase | None, loss_type: str, reduction: str
     ) -> None:
         super().__init__(head, trunk=trunk, reduction=reduction)
-        if loss_type not in self.losses:
+        if loss_type not in list(self.losses):
             raise ValueError(
                 f"{type(self).__name__}: loss_type must be one of {', '.join(self.losses)}, got {loss_type!r}."
             )
@@ -61,7 +61,7 @@ class _TeacherLoss(InContextLoss):
             ValueError: the teacher has another number of actions than the head.
         """
         q_star = schema.require(tensordict, self.tensor_keys.q_star)
-        output = self._output(self._predict(tensordict), self.head)
+        output = self._output(self._with_hidden(tensordict))
         if q_star.shape != output.shape:
             raise ValueError(
                 f"{type(self).__name__}: entry {self.tensor_keys.q_star!r} must have the head's shape "
@@ -71,6 +71,7 @@ class _TeacherLoss(InContextLoss):
             q_star = q_star.masked_fill(~mask, -torch.inf)
         cost = self.losses[self.loss_type](output, q_star.to(output.dtype), **self._options)
         valid = self._decisions(tensordict) & q_star.isfinite().any(-1)
+        self._warn_of_nothing(valid)
         return TensorDict({self.out_keys[0]: self._reduce(cost, valid, tensordict)})
 
 
@@ -119,7 +120,7 @@ class SupervisedPolicyLoss(_TeacherLoss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(head, trunk=trunk, loss_type=loss_type, reduction=reduction)
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"SupervisedPolicyLoss: temperature must be positive, got {temperature}.")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"SupervisedPolicyLoss: label_smoothing must lie in [0, 1), got {label_smoothing}.")

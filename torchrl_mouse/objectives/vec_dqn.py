@@ -80,14 +80,20 @@ class VecDQNLoss(BootstrappingLoss):
             TypeError: a mark of an end or a start is not boolean.
             ValueError: an action is out of range, or the steps have no time dimension.
         """
-        steps = self._predict(tensordict)
-        vectors = self._output(steps, self.head)  # (*, T, A, V)
+        steps = self._with_hidden(tensordict)
+        vectors = self._output(steps)  # (*, T, A, V)
+        if vectors.shape[-1] % 2:
+            raise ValueError(
+                f"VecDQNLoss: the head must write [*, T, A, V] with V even, got {tuple(vectors.shape)}. Take a vec_dqn "
+                "head."
+            )
         mask = self._action_mask(steps, vectors.shape[-2])
         done, terminated, truncated = self._ends(steps)
         successor, inside = self._successor(steps, terminated | truncated)
-        next_vector = greedy_vector(self._target_output(steps), mask).take_along_dim(successor, -2)
+        next_vector = greedy_vector(self._output(steps, target=True), mask).take_along_dim(successor, -2)
         decisions = self._decisions(steps)
         valid = decisions & inside & ~done
+        self._warn_of_nothing(valid)
         action = self._actions(steps, vectors.shape[-2], valid, mask)
         reward = self._rewards(steps, valid).to(vectors.dtype)
         cost = vec_dqn_cost(vectors, action, next_vector, self.reward_scale * reward + self.reward_shift)
