@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchrl_mouse.models import MouseConfig, MouseModel
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -14,11 +16,32 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_programs_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
-    for program in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+    *programs, inference = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    for program in programs:
         exec(compile(program, "README.md", "exec"), scope)
     assert scope["agent"].config == scope["model"].config
     gradients = [parameter.grad for parameter in scope["model"].trunk.parameters() if parameter.requires_grad]
     assert all(gradient is not None and torch.isfinite(gradient).all() for gradient in gradients)
+    assert len(inference.splitlines()) <= 25
+
+
+def test_inference_program_plays_several_tasks(tmp_path, monkeypatch, capsys):
+    """With a model such as the example of offline training leaves."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"max_num_actions": 4, "max_num_obs_discrete": 16, "max_num_time_steps": 101}
+    config = MouseConfig(hidden_dim=16, window=64, embedding_kwargs=sizes, sp_head_kwargs={}, dqn_head_kwargs={})
+    MouseModel(config).save_pretrained("runs/offline_training/model")
+    scope: dict[str, object] = {}
+    exec(compile(re.findall(r"```python\n(.*?)```", README, re.DOTALL)[-1], "README.md", "exec"), scope)
+    steps = scope["steps"]
+    assert steps.shape == (4, 200)
+    # Episodes are seen to end, rewards at the end included, and to go on inside one context.
+    ended = steps["previous", "terminated"].squeeze(-1)
+    assert ended.sum() > 20
+    paid = steps["next", "reward"].squeeze(-1) > 0
+    assert torch.equal(steps["previous", "reward"].squeeze(-1)[:, 1:] > 0, paid[:, :-1])
+    assert re.fullmatch(r"\d+ of \d+ episodes reached the goal\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("path", re.findall(r"`(torchrl_mouse/[\w/.]+|tests/[\w/.]+|examples/[\w.]+)`", README))
