@@ -69,6 +69,24 @@ def test_what_is_pushed_is_what_is_loaded(hub, push):
     assert_same(read(both), *train, *held_out)
 
 
+def test_images_are_pushed_as_pixels(hub, push):
+    stores = []
+    for seed, size in enumerate((12, 27)):
+        store, drawn = DatasetStore(ACTIONS, max_obs_image_pixels=27), np.random.default_rng(seed)
+        for step in range(4):
+            image = drawn.integers(0, 256, size, dtype=np.uint8)
+            record = {"action": 1, "reward": 0.5, "done": 0, "episode_step": step, "observation_image": image}
+            store.append(record)
+        stores.append(store)
+    push({"train": stores, "eval": stores[:1]})
+    for split, parts in (("train", stores), ("eval", stores[:1])):
+        rows = datasets.load_dataset(REPO, split=split)
+        assert rows.features["observation_image"] == datasets.List(datasets.Value("uint8"), length=27)
+        assert_same(DatasetStore(ACTIONS, max_obs_image_pixels=27).from_dataset(rows), *parts)
+    assert "| `observation_image` | uint8 [27] |" in card_of(hub).content
+    assert "max_obs_image_pixels=27" in card_of(hub).content
+
+
 def test_pieces_and_shards_do_not_change_the_rows(hub, push, monkeypatch, tmp_path):
     stores = [make_store((3, 4, 6), seed=1), make_store((5,), seed=2)]
     push({"train": stores})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from torchrl_mouse.data import DatasetStore, rows
+from torchrl_mouse.data.images import IMAGE
 from torchrl_mouse.data.merging import encode_hf_rows, merge_stores_to_dataset
 
 ACTIONS, CONTINUOUS, IDS = 6, 4, 7
@@ -150,11 +153,45 @@ def test_encoding_what_a_data_set_gives():
             ValueError,
             "encode_hf_rows: .* at most max_action_dim=6 .*, got 7",
         ),
+        ({IMAGE: [[0, 255], [256, 0]]}, ValueError, rf"column {IMAGE!r} must lie in \[0, 255\] .* got 256 in row 1"),
+        ({IMAGE: [[0.0], [-0.5]]}, ValueError, rf"column {IMAGE!r} must lie in \[0, 1\] .* got -0.5 in row 1"),
+        ({IMAGE: [[0] * 13]}, ValueError, "encode_hf_rows: .* at most max_obs_image_pixels=12 .*, got 13"),
+        ({IMAGE: [PIL.Image.new("RGB", (3, 2))]}, ValueError, "encode_hf_rows: .* max_obs_image_pixels=12 .*, got 18"),
+        ({IMAGE: [{"bytes": b"no image"}]}, ValueError, "encode_hf_rows: .* readable images, .* in row 0"),
+        ({IMAGE: [PIL.Image.new("RGB", (1, 1)), None]}, ValueError, "encode_hf_rows: .* be an image, .* is row 1"),
+        ({IMAGE: ["a.png"]}, TypeError, f"encode_hf_rows: column {IMAGE!r} must hold images or numbers, got string"),
     ],
 )
 def test_rows_that_cannot_be_encoded(given_rows, error, match):
+    store = DatasetStore(ACTIONS, CONTINUOUS, IDS, max_obs_image_pixels=12)
     with pytest.raises(error, match=match):
-        encode_hf_rows(make_store(), given_rows)
+        encode_hf_rows(store, given_rows)
+
+
+@pytest.mark.parametrize("form", ["images", "decoded", "files", "paths", "arrays", "lists", "floats"])
+def test_images_are_encoded_as_they_are_loaded(form, tmp_path):
+    arrays = [np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8) for seed in range(3)]
+    images = [PIL.Image.fromarray(array) for array in arrays]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    paths = [str(tmp_path / f"{number}.png") for number in range(3)]
+    read = [{"bytes": Path(path).read_bytes()} for path in paths]
+    values = {
+        "images": images,
+        "decoded": datasets.Dataset.from_dict({IMAGE: images})[:][IMAGE],
+        "files": read,
+        "paths": [{"bytes": None, "path": path} for path in paths],  # as the Image feature gives them undecoded
+        "arrays": arrays,
+        "lists": [array.tolist() for array in arrays],
+        "floats": [array / 255 for array in arrays],
+    }[form]
+    columns = {name: [0, 1, 2] for name in ("action", "done", "episode_step")} | {"reward": [0.0] * 3, IMAGE: values}
+    store = DatasetStore(ACTIONS, max_obs_image_pixels=14)
+    encoded = encode_hf_rows(store, columns)["obs_image"]
+    assert encoded.dtype == torch.uint8
+    assert encoded.tolist() == [[*array.reshape(-1).tolist(), 0, 0] for array in arrays]
+    loaded = store.from_dataset(datasets.Dataset.from_dict(columns))
+    assert torch.equal(encoded, loaded[:]["pixels"])
 
 
 def test_images_are_encoded_and_merged():

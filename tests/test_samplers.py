@@ -1,7 +1,10 @@
 """Windows: where they start, what they hold, seeds, resuming, and the buffer around them."""
 
+import contextlib
 import pickle
+import re
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.data import LazyTensorStorage, RandomSampler, ReplayBufferEnsemble, TensorDictReplayBuffer
 from torchrl.envs.transforms import Compose, RewardScaling, Transform
@@ -544,6 +548,47 @@ class TestBuffer:
         assert torch.equal(batch["mark"], mask)
         expected = batch["action"].unsqueeze(-1) * 2.0 + 1.0  # here an action's number is its reward
         assert torch.equal(batch["next", "reward"], expected)
+
+    def test_a_dump_that_fails_leaves_the_earlier_one(self, monkeypatch, tmp_path):
+        def until_full(file, text):
+            with file.open("w") as stream:
+                stream.write(text[:-5])
+            raise OSError("no space left")
+
+        def state(buffer):
+            return buffer._writer.state_dict(), buffer.sampler.state_dict()["epoch"]
+
+        def load():
+            other._writer.loads(tmp_path / "writer")
+            other.sampler.loads(tmp_path / "sampler")
+            return state(other)
+
+        rb, other = (
+            replay_buffer(make_store([9]), window=3, batch_size=2, sampling="sequential", seed=0) for _ in range(2)
+        )
+        states = []
+        for failing in (False, True, False):
+            rb._writer._write_count += 5
+            rb.sample()
+            states.append(state(rb))
+            with monkeypatch.context() as patch:
+                if failing:
+                    patch.setattr(Path, "write_text", until_full)
+                for name, part in (("writer", rb._writer), ("sampler", rb.sampler)):
+                    with pytest.raises(OSError, match="no space left") if failing else contextlib.nullcontext():
+                        part.dumps(tmp_path / name)
+            assert load() == (states[0] if failing else states[-1])
+        assert sorted(file.name for file in tmp_path.glob("*/*")) == ["sampler.json", "writer.json"]
+
+    @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3), ()])
+    def test_a_batch_without_rows_is_refused(self, shape):
+        """Also where tensordict counts an empty batch's elements as one."""
+        rb = replay_buffer(make_store([9]), window=3, batch_size=2)
+        with pytest.raises(
+            ValueError, match=rf"must have a batch dimension and rows, got shape {re.escape(str(shape))}\."
+        ):
+            rb.extend(TensorDict({}, shape))
+        assert (rb.write_count, len(rb)) == (0, 9)
 
     def test_random_sampler_works_too(self):
         rb = TensorDictReplayBuffer(

@@ -67,21 +67,26 @@ class ArrowColumn:
 
     def __init__(self, name: str, arrays: list[pa.Array], starts: torch.Tensor) -> None:
         self._is_list, self._firsts, self._padding = is_list(arrays[0].type), None, PADDING.get(name, 0)
-        self.width = 1
-        rows = [row_bounds(array) for array in arrays] if self._is_list else []
-        values = [leaves for leaves, _ in rows] or arrays
+        values, widths = arrays, {1}
+        if self._is_list:
+            # One chunk at a time: the bounds of all take 8 bytes a row.
+            values, widths = [], set()
+            for array in arrays:
+                leaves, bounds = row_bounds(array)
+                values.append(leaves)
+                lengths = _lengths(array, bounds)
+                widths |= {int(lengths.min()), int(lengths.max())}
+        self.width = max(widths)
         self._values = values  # which keep the buffers alive
         self._bits = bool(pa.types.is_boolean(values[0].type))
         self._view, bases = _memory(values)
-        if self._is_list:
-            # A null is an empty list, whatever stands in its place.
-            lengths = [np.diff(bounds) * _valid(array) for (_, bounds), array in zip(rows, arrays, strict=True)]
-            self.width = max(int(part.max()) for part in lengths)
-            if self.width != min(int(part.min()) for part in lengths):
-                # Rows of several lengths: 12 bytes a row say where each begins and how long it is.
-                firsts = [torch.from_numpy(bounds[:-1]) + base for (_, bounds), base in zip(rows, bases, strict=True)]
-                self._firsts = torch.cat(firsts)
-                self._lengths = torch.from_numpy(np.concatenate(lengths).astype(np.int32))
+        if len(widths) > 1:
+            # Rows of several lengths: 12 bytes a row say where each begins and how long it is.
+            firsts, lengths = (np.empty(sum(map(len, arrays)), dtype) for dtype in (np.int64, np.int32))
+            for array, start, base in zip(arrays, starts.tolist(), bases.tolist(), strict=True):
+                rows, (_, bounds) = slice(start, start + len(array)), row_bounds(array)
+                firsts[rows], lengths[rows] = bounds[:-1] + base, _lengths(array, bounds)
+            self._firsts, self._lengths = torch.from_numpy(firsts), torch.from_numpy(lengths)
         self._bases = bases - starts * self.width  # row r of chunk c begins at element bases[c] + r * width
 
     @property
@@ -152,9 +157,11 @@ def null_rows(array: pa.Array, empty_lists: bool = False) -> np.ndarray:
         empty_lists: a list that is null counts as an empty one. (One of a fixed length cannot be empty.)
 
     Examples:
-        >>> null_rows(pa.array([[1, None], None, [2]])).tolist()
-        [True, True, False]
+        >>> null_rows(pa.array([[1, None], None, [2]])).tolist(), null_rows(pa.array([[1, None], [2]])).tolist()
+        ([True, True, False], [True, False])
     """
+    if not _may_hold_nulls(array):
+        return np.zeros(len(array), bool)
     nulls = np.zeros(len(array), bool) if empty_lists and not _is_fixed(array.type) else ~_valid(array)
     if is_list(array.type):
         values, bounds = _open_lists(array)
@@ -188,6 +195,24 @@ def _open_lists(array: pa.Array) -> tuple[pa.Array, np.ndarray]:
         return array.values.slice(array.offset * size, rows * size), np.arange(rows + 1) * size
     offsets = array.offsets.to_numpy().astype(np.int64)
     return array.values.slice(offsets[0], offsets[-1] - offsets[0]), offsets - offsets[0]
+
+
+def _may_hold_nulls(array: pa.Array) -> bool:
+    """Says so from Arrow's counts, without a look at the values; a list's count covers those of other rows too."""
+    while not array.null_count and is_list(array.type):
+        array = array.values
+    return bool(array.null_count)
+
+
+def _lengths(array: pa.Array, bounds: np.ndarray) -> np.ndarray:
+    """Returns the length of each list; a null is an empty one, whatever stands in its place.
+
+    Examples:
+        >>> lists = pa.ListArray.from_arrays([0, 2, 3], [1, 2, 3], mask=pa.array([True, False]))
+        >>> _lengths(lists, row_bounds(lists)[1]).tolist()
+        [0, 1]
+    """
+    return np.diff(bounds) * _valid(array) if array.null_count else np.diff(bounds)
 
 
 def _is_fixed(kind: pa.DataType) -> bool:

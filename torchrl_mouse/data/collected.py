@@ -57,8 +57,11 @@ class TaskAssembler:
             check: raises where records, in the order of the flattened batch, break a rule; it is told which part of a
                 row they are.
         """
-        if not steps.numel() or not steps.ndim:
-            raise ValueError(f"{_WHERE}: steps must have a batch dimension and rows, got shape {tuple(steps.shape)}.")
+        if not steps.shape.numel() or not steps.ndim:  # `TensorDict.numel` is 1 at least
+            raise ValueError(
+                f"{_WHERE}: steps must have a batch dimension and rows, got shape {tuple(steps.shape)}. Leave empty "
+                "batches out, and give a single transition as steps.unsqueeze(0)."
+            )
         stream = _scalars(steps, schema.STREAM, "integers")
         order = _by_stream(stream)
         stream = stream[order]

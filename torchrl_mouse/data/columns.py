@@ -103,10 +103,11 @@ class Columns:
                 raise KeyError(f"{where}: column {name!r} must be present, got only {got} in row {row}. Add it.")
         return {name: one_row(name, given[name], where, row) for name in self.readable if name in given}
 
-    def features(self, names: Iterable[str], widths: Mapping[str, int]) -> datasets.Features:
-        """The types on disk, with the task column; lists have one length, at most the store's."""
+    def features(self, names: Iterable[str], blocks: Sequence[Any]) -> datasets.Features:
+        """The types on disk, with the task column; lists as long as the blocks' longest, at most the store's."""
         features = {name: datasets.Value(str(DTYPES[name]).removeprefix("torch.")) for name in names}
-        for name, width in widths.items():
+        for name in PADDING.keys() & features:
+            width = max(block.width(name) for block in blocks if name in block.names)
             features[name] = datasets.List(features[name], length=min(width, self.widths[name]))
         return datasets.Features({**features, TASK: datasets.Value("int64")})
 

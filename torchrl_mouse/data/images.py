@@ -47,7 +47,7 @@ class EncodedImages:
     """
 
     def __init__(self, arrays: list[pa.StructArray], starts: torch.Tensor, mode: str | None = None) -> None:
-        present = {field.name for field in arrays[0].type}
+        present = {field.name for field in arrays[0].type if not pa.types.is_null(field.type)}
         self._bytes, self._paths = (
             {chunk: array.field(name) for chunk, array in enumerate(arrays) if name in present}
             for name in ("bytes", "path")
@@ -209,8 +209,8 @@ def pillow() -> ModuleType:
         import PIL.Image
     except ImportError as error:
         raise ImportError(
-            "DatasetStore: image files must be read by Pillow, which is not installed. Run `pip install pillow`, or "
-            "store images as arrays."
+            "DatasetStore: image files must be read by Pillow, which is not installed. Run `pip install "
+            '"torchrl-mouse[images]"`, or store images as arrays.'
         ) from error
     return PIL.Image
 

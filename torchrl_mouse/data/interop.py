@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 from tqdm.auto import tqdm
 
 from torchrl_mouse import schema
+from torchrl_mouse.data.images import IMAGE
 from torchrl_mouse.data.store import DatasetStore
 from torchrl_mouse.data.trajectories import add_records, appearance, episode_records
 
@@ -32,9 +33,10 @@ def from_minari(dataset: minari.MinariDataset, store: DatasetStore | None = None
     ``dataset.filter_episodes(...)`` with the same store.
 
     Args:
-        dataset: observations of a ``Box`` (flattened, as float32) or ``Discrete`` space, actions of a ``Discrete``
-            space; ids count from 0 in the store, whatever the spaces' ``start``. An episode's last step that is neither
-            terminated nor truncated was cut by the recording: it counts as truncated.
+        dataset: observations of a ``Box`` (uint8 of 2 or 3 dimensions are images, in the store's ``observation_image``;
+            others become float32; both are flattened) or ``Discrete`` space, actions of a ``Discrete`` space; ids count
+            from 0 in the store, whatever the spaces' ``start``. An episode's last step that is neither terminated nor
+            truncated was cut by the recording: it counts as truncated.
         store: where the records are appended; by default a new one with the sizes of the spaces.
 
     Returns:
@@ -94,7 +96,8 @@ def to_minari(
     Args:
         store: at least one transition.
         dataset_id: Minari's name for it, ``(namespace/)name-v0``.
-        observation_space: ``Box``: the ``observation`` column is written, in this shape and type; ``Discrete``: the
+        observation_space: ``Box``: the ``observation`` column is written, in this shape and type, or the
+            ``observation_image`` column where it is uint8 of 2 or 3 dimensions; ``Discrete``: the
             ``observation_discrete`` column, counted from its ``start``.
         action_space: counted from its ``start``.
         **options: the rest of ``minari.create_dataset_from_buffers``, such as ``env``, ``author`` and ``data_format``,
@@ -137,13 +140,14 @@ def to_minari(
         ) from error
     _check_spaces(observation_space, action_space, where)
     rows = store.to_dataset().with_format("numpy")
-    name = "observation" if isinstance(observation_space, spaces.Box) else "observation_discrete"
+    name = _column_of(observation_space)
     if name not in rows.column_names:
         present = ", ".join(rows.column_names)
         raise KeyError(f"{where}: column {name!r} must be in the store, got only {present}. Give another space.")
     done, reward, task = (rows[column][:] for column in ("done", "reward", TASK))
     action = _from_column(rows["action"][:], action_space, "action", where)
-    observation = _from_column(rows[name][:], observation_space, name, where)
+    frames = rows.with_format("numpy", dtype=np.uint8) if name == IMAGE else rows  # which reads integers as int64
+    observation = _from_column(frames[name][:], observation_space, name, where)
 
     last = np.append((done[:-1] != schema.RUNNING) | (task[1:] != task[:-1]), True)
     ends = np.flatnonzero(last) + 1
@@ -186,9 +190,8 @@ def record_vector_env(
     ``NEXT_STEP`` mode (Gymnasium's default) it is, and its action is ignored.
 
     Args:
-        envs: ``single_observation_space`` a ``Box`` (flattened, as float32) or ``Discrete``, ``single_action_space``
-            ``Discrete``; ids count from 0 in the store, whatever the spaces' ``start``. It is reset at the beginning
-            and left open.
+        envs: ``single_observation_space`` a ``Box`` or ``Discrete``, ``single_action_space`` ``Discrete``, both stored
+            as by :func:`from_minari`. It is reset at the beginning and left open.
         policy: observations ``[num_envs, ...]`` -> actions ``[num_envs]``, both as the environment has them. ``None``:
             uniform random actions, drawn with ``seed``.
         num_steps: calls of ``envs.step``, at least 1; the last episodes may be cut by it.
@@ -285,17 +288,31 @@ def _check_spaces(observation_space: spaces.Space[Any], action_space: spaces.Spa
         )
 
 
+def _column_of(space: spaces.Space[Any]) -> str:
+    """Names the column that holds the observations of a space."""
+    if isinstance(space, spaces.Discrete):
+        return "observation_discrete"
+    return IMAGE if space.dtype == np.uint8 and len(space.shape) in (2, 3) else "observation"
+
+
 def _store_for(observation_space: spaces.Space[Any], action_space: spaces.Discrete) -> DatasetStore:
+    actions = int(action_space.n)
     if isinstance(observation_space, spaces.Discrete):
-        return DatasetStore(int(action_space.n), max_obs_discrete_dim=int(observation_space.n))
-    return DatasetStore(int(action_space.n), max_obs_continuous_dim=int(np.prod(observation_space.shape)))
+        return DatasetStore(actions, max_obs_discrete_dim=int(observation_space.n))
+    width = int(np.prod(observation_space.shape))
+    if _column_of(observation_space) == IMAGE:
+        return DatasetStore(actions, max_obs_image_pixels=width)
+    return DatasetStore(actions, max_obs_continuous_dim=width)
 
 
 def _observations(values: np.ndarray, space: spaces.Space[Any]) -> dict[str, torch.Tensor]:
     """Turns observations ``[rows, ...]`` into the column of their space."""
     if isinstance(space, spaces.Discrete):
         return {"obs_discrete": _to_ids(values, space)}
-    return {"obs_continuous": torch.from_numpy(values.reshape(len(values), -1).astype(np.float32))}
+    flat = values.reshape(len(values), -1)
+    if _column_of(space) == IMAGE:
+        return {"obs_image": torch.from_numpy(flat)}
+    return {"obs_continuous": torch.from_numpy(flat.astype(np.float32))}
 
 
 def _to_ids(values: np.ndarray, space: spaces.Discrete) -> torch.Tensor:
@@ -315,4 +332,4 @@ def _from_column(values: np.ndarray, space: spaces.Space[Any], name: str, where:
             f"{where}: column {name!r} must fill the space's shape {space.shape}, got {values.shape[1]} values a row. "
             "Give a space of that size."
         )
-    return values.reshape(-1, *space.shape).astype(space.dtype)
+    return values.reshape(-1, *space.shape).astype(space.dtype, copy=False)

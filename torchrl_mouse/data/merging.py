@@ -123,12 +123,7 @@ def check_stores(where: str, stores: Sequence[DatasetStore]) -> None:
 
 def store_features(store: DatasetStore) -> datasets.Features:
     """Returns the types on disk of a store's columns."""
-    widths = {
-        name: max(block.width(name) for block in store._blocks if name in block.names)
-        for name in PADDING
-        if name in store._names
-    }
-    return store._columns.features(store._names, widths)
+    return store._columns.features(store._names, store._blocks)
 
 
 def align(parts: Iterable[datasets.Features]) -> datasets.Features:

@@ -99,6 +99,7 @@ class ArrowRows:
         self._order = None if order is None else torch.from_numpy(order.column(0).to_numpy().astype(np.int64))
         columns = [*names, *filter(None, [task])]
         batches = [batch for batch in dataset.data.table.select(columns).to_batches() if batch.num_rows]
+        table = pa.Table.from_batches(batches)
         sizes = torch.tensor([batch.num_rows for batch in batches])
         files = [Path(file["filename"]) for file in dataset.cache_files]
         self._state = {
@@ -111,7 +112,7 @@ class ArrowRows:
         self._chunk_size = int(sizes[0]) if (sizes[1:-1] == sizes[0]).all() and sizes[-1] <= sizes[0] else None
         self._columns: dict[str, ArrowColumn | EncodedImages] = {}
         for name in columns:
-            arrays = [getattr(batch[name], "storage", batch[name]) for batch in batches]  # Array2D is lists in disguise
+            arrays = [getattr(array, "storage", array) for array in table[name].chunks]  # Array2D is lists in disguise
             if name == IMAGE and is_encoded(arrays[0].type):
                 self._refuse(name, map(null_images, arrays), "be an image", "Fill them, or drop the rows.")
                 self._columns[name] = EncodedImages(arrays, starts, getattr(dataset.features[name], "mode", None))

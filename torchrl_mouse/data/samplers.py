@@ -268,8 +268,7 @@ class WindowSampler(Sampler):
     def dumps(self, path: str | Path) -> None:
         """Writes where the epoch stands; the buffer saves the generator."""
         state = {name: value for name, value in self.state_dict().items() if name != "rng"}
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / "sampler.json").write_text(json.dumps(state))
+        _replace(Path(path) / "sampler.json", state)
 
     def loads(self, path: str | Path) -> None:
         """Reads where the epoch stands."""
@@ -362,8 +361,7 @@ class TaskWriter(Writer):
 
     def dumps(self, path: str | Path) -> None:
         """Writes the number of steps handed over."""
-        Path(path).mkdir(parents=True, exist_ok=True)
-        (Path(path) / "writer.json").write_text(json.dumps(self.state_dict()))
+        _replace(Path(path) / "writer.json", self.state_dict())
 
     def loads(self, path: str | Path) -> None:
         """Reads the number of steps handed over."""
@@ -432,6 +430,14 @@ def replay_buffer(
         generator=torch.Generator().manual_seed(seed),
         **kwargs,
     )
+
+
+def _replace(file: Path, state: dict[str, Any]) -> None:
+    """Writes a file whole or not at all: a full disk or a kill leaves the earlier one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(state))
+    partial.replace(file)
 
 
 def _as_is(steps: TensorDictBase) -> TensorDictBase:

@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.replay_buffers.storages import Storage
 
 from torchrl_mouse.data.collected import TaskAssembler, record_columns
-from torchrl_mouse.data.columns import COLUMNS, PADDING, TASK, UNLIMITED, Columns, Records, one_row
+from torchrl_mouse.data.columns import COLUMNS, TASK, UNLIMITED, Columns, Records, one_row
 from torchrl_mouse.data.rows import ArrowRows, TensorRows, dataset_parts, load_rows, pieces, read_columns, to_arrow
 from torchrl_mouse.data.saving import StoreCheckpointer, check_datasets
 from torchrl_mouse.data.steps import OWN, Part, Selection, as_rows
@@ -388,12 +388,7 @@ class DatasetStore(Storage):
             ['action', 'reward', 'done', 'episode_step', 'task']
         """
         length = self._require_rows("written")
-        widths = {
-            name: max(block.width(name) for block in self._blocks if name in block.names)
-            for name in PADDING
-            if name in self._names
-        }
-        features = self._columns.features(self._names, widths)
+        features = self._columns.features(self._names, self._blocks)
         batches = []
         for rows in pieces(length, sum(feature.length for feature in features.values() if hasattr(feature, "length"))):
             records = self._read(rows, set(self._names))

@@ -11,6 +11,7 @@ from tensordict.utils import unravel_key
 from torchrl.data import ReplayBuffer
 
 from torchrl_mouse import schema
+from torchrl_mouse.data.images import check_pixels, to_pixels
 from torchrl_mouse.streams import draw_streams
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def from_trajectories(
     *,
     observation: NestedKey | None = "observation",
     observation_discrete: NestedKey | None = None,
+    pixels: NestedKey | None = None,
     action: NestedKey = "action",
     trajectory: NestedKey | None = None,
     task: NestedKey | None = None,
@@ -48,6 +50,8 @@ def from_trajectories(
         store: where the records are appended; its sizes are those of the spaces, which the data do not say.
         observation: entry of real vectors ``[*, T, ...]``, flattened to the store's ``observation``; ``None``: none.
         observation_discrete: entry of ids or one-hot vectors, the store's ``observation_discrete``; ``None``: none.
+        pixels: entry of images ``[*, T, ...]``, integers in 0..255 or floats in 0..1, flattened to the store's
+            ``observation_image``; ``None``: none.
         action: entry of ids or one-hot vectors.
         trajectory: integer entry that names each step's trajectory, whose steps need then not be adjacent. By default
             ``("collector", "traj_ids")`` or ``"episode"`` if present, else each row of ``T`` steps is a trajectory.
@@ -59,8 +63,8 @@ def from_trajectories(
     Raises:
         KeyError: an entry is missing.
         TypeError: data of another kind, or actions that are not ids.
-        ValueError: no steps, NaN, a value out of the store's range, or a step that does not begin with the observation
-            that the trajectory's last one led to.
+        ValueError: no steps, NaN, a value out of range, or a step that does not begin with the observation that the
+            trajectory's last one led to.
 
     Examples:
         >>> from torchrl.envs import GymEnv
@@ -75,7 +79,7 @@ def from_trajectories(
     parts: Iterable[TensorDictBase] = [data] if isinstance(data, TensorDictBase) else data  # type: ignore[assignment]
     if isinstance(data, ReplayBuffer):
         parts = [_oldest_first(data)]
-    columns = {"obs_continuous": observation, "obs_discrete": observation_discrete}
+    columns = {"obs_continuous": observation, "obs_discrete": observation_discrete, "obs_image": pixels}
     keys = {name: key for name, key in columns.items() if key is not None}
     tables, rows = [], 0
     for part in parts:
@@ -254,8 +258,15 @@ def _read_transitions(
     for name, key in observations.items():
         for at in ((), ("next",)):
             value = column(*at, key)
-            is_discrete = name == "obs_discrete"
-            table[(*at, name)] = _read_ids(value, key) if is_discrete else value.flatten(1).float()
+            if name == "obs_discrete":
+                value = _read_ids(value, key)
+            elif name == "obs_continuous":
+                value = value.reshape(len(rows), -1).float()
+            else:
+                value = value.reshape(len(rows), -1)
+                check_pixels(value, _WHERE, first_row, " under 'next'" if at else "")
+                value = to_pixels(value)
+            table[(*at, name)] = value
     read = TensorDict(table, [len(rows)])
     return read if schema.MASK not in present else read[scalars(schema.MASK).bool()]
 
