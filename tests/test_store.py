@@ -325,3 +325,10 @@ class TestDatasets:
         copy = pickle.loads(pickle.dumps(store))
         assert_equal(copy[:], store[:])
         assert len(pickle.dumps(store)) < 20_000
+
+
+def test_tasks_named_by_a_column_that_is_read_too():
+    rows = {"action": [0, 0, 1, 1], "reward": [0.0] * 4, "done": [0] * 4, "episode_step": [0, 1, 2, 3]}
+    store = DatasetStore().from_dataset(datasets.Dataset.from_dict(rows), task="action")
+    assert store.task_starts.tolist() == [0, 2]
+    assert store[:]["previous", "action"].tolist() == [0, 0, 1, 1]

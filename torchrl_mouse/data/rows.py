@@ -97,7 +97,7 @@ class ArrowRows:
         # After shuffle or select, the table keeps the old order and `_indices` says which of its rows are meant.
         order = dataset._indices
         self._order = None if order is None else torch.from_numpy(order.column(0).to_numpy().astype(np.int64))
-        columns = [*names, *filter(None, [task])]
+        columns = list(dict.fromkeys([*names, *filter(None, [task])]))
         batches = [batch for batch in dataset.data.table.select(columns).to_batches() if batch.num_rows]
         table = pa.Table.from_batches(batches)
         sizes = torch.tensor([batch.num_rows for batch in batches])
