@@ -13,6 +13,7 @@ from torchrl_mouse.modules.backbone import MAX_SIZE, CausalBackbone, default_kin
 from torchrl_mouse.modules.checks import check_options, check_size
 from torchrl_mouse.modules.embedding import StepEmbedder
 from torchrl_mouse.modules.heads import DQNHead, GaussianHead, SwiGLUHead, VecDQNHead
+from torchrl_mouse.modules.recurrent import GRUBackbone
 from torchrl_mouse.modules.trunk import Trunk
 
 HEADS: dict[str, type[nn.Module]] = {
@@ -44,9 +45,10 @@ class MouseConfig:
         window: steps that a context holds while acting, and the length of window to train on.
         embedding_kwargs: options of :class:`~torchrl_mouse.modules.StepEmbedder`; ``max_num_actions`` (for the gaussian
             head ``max_num_action_continuous``) also sizes the heads.
-        backbone_kwargs: options of :class:`~torchrl_mouse.modules.CausalBackbone`; ``None``, or an empty dictionary as
-            in MOUSE's files, reads out each step by itself. A missing ``kind`` is filled in: ``"qwen3"`` where there is
-            a ``head_dim``, else ``"llama"``.
+        backbone_kwargs: options of :class:`~torchrl_mouse.modules.CausalBackbone`, or with ``kind`` ``"gru"`` of
+            :class:`~torchrl_mouse.modules.GRUBackbone`; ``None``, or an empty dictionary as in MOUSE's files, reads out
+            each step by itself. A missing ``kind`` is filled in: ``"qwen3"`` where there is a ``head_dim``, else
+            ``"llama"``.
         vec_dqn_head_kwargs: options of the vector Q-value head. This and the following heads are absent when ``None``,
             or with ``num_layers`` 0 as in MOUSE's files.
         dqn_head_kwargs: options of the Q-value head.
@@ -92,7 +94,8 @@ class MouseConfig:
                 )
         self._normalize()
         check_options("embedding_kwargs", self.embedding_kwargs, StepEmbedder)
-        check_options("backbone_kwargs", self.backbone_kwargs or {}, CausalBackbone, given=("hidden_dim",))
+        if (backbone := self.backbone_class) is not None:
+            check_options("backbone_kwargs", self.backbone_kwargs or {}, backbone, given=("hidden_dim",))
         check_options("trunk_kwargs", self.trunk_kwargs, Trunk, given=("window", "embedder", "backbone"))
         for name in self.heads:
             self.action_dim(name)
@@ -122,6 +125,13 @@ class MouseConfig:
         if isinstance(keys := self.trunk_kwargs.get("keys"), dict):
             keys = {name: tuple(key) if isinstance(key, list) else key for name, key in keys.items()}
             put("trunk_kwargs", {**self.trunk_kwargs, "keys": keys})
+
+    @property
+    def backbone_class(self) -> type[CausalBackbone | GRUBackbone] | None:
+        """What takes the options of the backbone; ``None`` where there is none."""
+        if self.backbone_kwargs is None:
+            return None
+        return GRUBackbone if self.backbone_kwargs["kind"] == "gru" else CausalBackbone  # which refuses other kinds
 
     @property
     def heads(self) -> dict[str, dict[str, Any]]:

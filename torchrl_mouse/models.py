@@ -74,9 +74,8 @@ class MouseModel(TensorDictModuleBase):
         super().__init__()
         self.config = config
         embedder = StepEmbedder(config.hidden_dim, **config.embedding_kwargs)
-        backbone = None
-        if config.backbone_kwargs is not None:
-            backbone = CausalBackbone(config.hidden_dim, **config.backbone_kwargs)
+        build, options = config.backbone_class, config.backbone_kwargs or {}
+        backbone = None if build is None else build(config.hidden_dim, **options)
         self.trunk = Trunk(embedder, backbone, window=config.window, **config.trunk_kwargs)
         for name, kwargs in config.heads.items():
             self.add_module(f"{name}_head", HEADS[name](config.hidden_dim, config.action_dim(name), **kwargs))
@@ -347,7 +346,7 @@ def _clear_errors() -> Iterator[None]:
 def _with_window_that_fits(config: MouseConfig) -> MouseConfig:
     """Returns the configuration of a file that does not say a window, as MOUSE's do not, with one that fits."""
     kwargs = config.backbone_kwargs
-    if kwargs is None:
+    if kwargs is None or config.backbone_class is not CausalBackbone:
         return config
     positions = kwargs.get("max_position_embeddings") or FAMILIES[kwargs["kind"]].max_position_embeddings
     with _clear_errors(), torch.device("meta"):
@@ -430,7 +429,7 @@ def init_from_pretrained_backbone(
         repo_or_path, revision=revision, token=token, **(backbone_kwargs_overrides or {})
     )
     model = MouseModel(MouseConfig(hidden_dim=hidden_dim, backbone_kwargs=kwargs, **config))
-    if load_weights and (backbone := model.trunk.backbone) is not None:
+    if load_weights and isinstance(backbone := model.trunk.backbone, CausalBackbone):
         load_pretrained_layers(backbone, repo_or_path, revision=revision, token=token)
     return model
 

@@ -6,6 +6,7 @@ from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
 from torchrl_mouse.modules.heads import DQNHead, GaussianHead, MultiDiscountHead, SwiGLUHead, VecDQNHead, VectorHead
 from torchrl_mouse.modules.kv_cache import KeyValues, KVCache
 from torchrl_mouse.modules.pretrained import backbone_kwargs_from_pretrained, load_pretrained_layers
+from torchrl_mouse.modules.recurrent import GRUBackbone
 from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
 from torchrl_mouse.modules.tabular import TabularQLearner
 from torchrl_mouse.modules.trunk import Trunk
@@ -13,6 +14,7 @@ from torchrl_mouse.modules.trunk import Trunk
 __all__ = [
     "CausalBackbone",
     "DQNHead",
+    "GRUBackbone",
     "GaussianHead",
     "KVCache",
     "KeyValues",

@@ -158,7 +158,10 @@ class CausalBackbone(nn.Module):
         super().__init__()
         kind = default_kind(head_dim) if kind is None else kind
         if not isinstance(kind, str) or kind not in FAMILIES:
-            raise ValueError(f"CausalBackbone: kind must be one of {', '.join(FAMILIES)}, got {kind!r}.")
+            raise ValueError(
+                f"CausalBackbone: kind must be one of {', '.join(FAMILIES)}, got {kind!r}. A GRU, 'gru' in "
+                "backbone_kwargs, is a GRUBackbone."
+            )
         if use_sliding_window:
             raise ValueError(
                 f"CausalBackbone: use_sliding_window must be false, got {use_sliding_window!r}. Every token sees its "

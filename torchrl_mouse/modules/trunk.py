@@ -11,7 +11,8 @@ from torchrl.modules.tensordict_module.rnn import recurrent_mode
 from torchrl_mouse import schema
 from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.embedding import MODALITIES, TableEmbedder
-from torchrl_mouse.modules.kv_cache import KVCache
+from torchrl_mouse.modules.kv_cache import KVCache, Lock, alone
+from torchrl_mouse.modules.recurrent import GRUBackbone
 from torchrl_mouse.streams import StreamTracker
 
 if TYPE_CHECKING:
@@ -43,19 +44,20 @@ class Trunk(TensorDictModuleBase):
 
     Args:
         embedder: the step embedder.
-        backbone: the causal backbone; ``None`` reads out each step by itself.
-        window: number of steps a context holds in sequential mode.
+        backbone: the causal backbone, or a :class:`GRUBackbone`; ``None`` reads out each step by itself.
+        window: number of steps a context holds in sequential mode; a GRU's is never full.
         keys: overrides of :data:`~torchrl_mouse.schema.MODALITY_KEYS`.
         overflow: what happens at a full context: ``"rebuild"`` goes on with the newest half, encoded afresh from the
-            raw steps, so positions restart; ``"error"`` raises.
+            raw steps, so positions restart; ``"error"`` raises. To slide is no choice: keys that were computed with
+            older steps in sight are not those of a window that begins later, which is what training sees.
         on_weight_update: what happens to contexts after :meth:`mark_weight_update`: ``"rebuild"`` encodes their steps
-            afresh with the new weights, ``"keep"`` goes on with the old keys and values.
+            afresh with the new weights, ``"keep"`` (a GRU's default and only choice) goes on with what they hold.
         max_streams: largest number of contexts; the least recently used is forgotten first.
 
     Raises:
         TypeError: ``window`` or ``max_streams`` is no integer.
         ValueError: a window longer than the backbone's positions, an embedder of another width than the backbone's, a
-            size below 1, or an unknown option.
+            size below 1, an unknown option, or ``"rebuild"`` with a GRU.
 
     Examples:
         >>> from tensordict import TensorDict
@@ -76,21 +78,24 @@ class Trunk(TensorDictModuleBase):
     def __init__(
         self,
         embedder: StepEmbedder,
-        backbone: CausalBackbone | None,
+        backbone: CausalBackbone | GRUBackbone | None,
         *,
         window: int,
         keys: Mapping[str, NestedKey] | None = None,
         overflow: Literal["rebuild", "error"] = "rebuild",
-        on_weight_update: Literal["rebuild", "keep"] = "rebuild",
+        on_weight_update: Literal["rebuild", "keep"] | None = None,
         max_streams: int = 1024,
     ) -> None:
         super().__init__()
-        for name, value, options in (
+        self._recurrent = gru = isinstance(backbone, GRUBackbone)  # A context is a state: never full, without steps.
+        if on_weight_update is None:
+            on_weight_update = "keep" if gru else "rebuild"
+        for name, value, known in (
             ("overflow", overflow, ("rebuild", "error")),
-            ("on_weight_update", on_weight_update, ("rebuild", "keep")),
+            ("on_weight_update", on_weight_update, ("rebuild", "keep")[gru:]),
         ):
-            if value not in options:
-                raise ValueError(f"Trunk: {name} must be one of {', '.join(options)}, got {value!r}.")
+            if value not in known:
+                raise ValueError(f"Trunk: {name} must be one of {', '.join(known)}{' for a GRU' * gru}, got {value!r}.")
         for name, size in (("window", window), ("max_streams", max_streams)):
             check_size("Trunk", name, size)
         if unknown := set(keys or {}) - set(MODALITIES):
@@ -115,7 +120,10 @@ class Trunk(TensorDictModuleBase):
                 )
         # A buffer, so that it travels with the weights to collectors in other processes.
         self.register_buffer("weight_version", torch.zeros((), dtype=torch.int64))
+        self._newest_version = torch.zeros((), dtype=torch.int64)
+        self.register_load_state_dict_post_hook(_loaded)
         self._cache: KVCache | None = None
+        self._lock = Lock()  # An evaluator may run beside a collector, in a thread of its own.
         self.in_keys = [
             *(key for name, key in self.keys.items() if name != "done"),
             *(self._end_keys() if "done" in self.keys else ()),
@@ -155,6 +163,7 @@ class Trunk(TensorDictModuleBase):
         """Forgets every context and frees its memory."""
         self._cache = None
 
+    @alone
     def forget(self, streams: torch.Tensor) -> None:
         """Forgets the contexts of environments that are done with; their memory serves others.
 
@@ -164,6 +173,7 @@ class Trunk(TensorDictModuleBase):
         if self._cache is not None:
             self._cache.forget(streams.reshape(-1).tolist())
 
+    @alone
     def copy_context(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies contexts to other streams, so that a task can be played on in two ways.
 
@@ -191,8 +201,13 @@ class Trunk(TensorDictModuleBase):
             self._cache.copy(source, target)
 
     def mark_weight_update(self) -> None:
-        """Says that the weights have changed; contexts are then treated as ``on_weight_update`` says."""
-        self.weight_version += 1
+        """Says that the weights have changed; contexts are then treated as ``on_weight_update`` says.
+
+        :meth:`load_state_dict` needs no call, that of a loss does. See :func:`~torchrl_mouse.recipes.update_weights`.
+        """
+        # An older checkpoint brings its number back: the next one must still be new.
+        self._newest_version = self._newest_version.to(self.weight_version).maximum(self.weight_version) + 1
+        self.weight_version.copy_(self._newest_version)
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -284,7 +299,7 @@ class Trunk(TensorDictModuleBase):
         first = torch.zeros(per_step, dtype=torch.bool, device=is_init.device)
         first[0] = True
         is_init = (is_init.unsqueeze(-1) & first).flatten(1)  # (B, T * N)
-        return segment_positions(is_init), segment_mask(is_init)
+        return segment_positions(is_init), None if self._recurrent else segment_mask(is_init)
 
     @property
     def _token_shape(self) -> tuple[int, int]:
@@ -293,6 +308,7 @@ class Trunk(TensorDictModuleBase):
     def _read_out(self, tokens: torch.Tensor, num: int) -> torch.Tensor:
         return tokens.reshape(len(tokens), num, -1, tokens.shape[-1])[:, :, -1]  # (B, T, D)
 
+    @alone
     @torch.no_grad()
     def _append(self, steps: TensorDictBase) -> torch.Tensor:  # [B, T]
         num = steps.shape[1]
@@ -302,6 +318,7 @@ class Trunk(TensorDictModuleBase):
         if self._cache is None:
             self._cache = KVCache(self._new_kv_cache, window=self.window, max_streams=self.max_streams)
         self._cache.max_streams = self.max_streams  # it may have been raised
+        version = int(self.weight_version)  # Before any weight is used: a worker's may change in the middle.
         embed = self.embedder(values)  # All ids are looked at before any context changes.
         stream = schema.require(steps, schema.STREAM, "integer").reshape(-1, num).cpu()
         if (other := stream != stream[:, :1]).any():
@@ -315,8 +332,9 @@ class Trunk(TensorDictModuleBase):
         try:
             while begin < num:  # In one pass what lies before the next task's start or full context in any row.
                 rows = self._cache.locate(streams, starts[:, begin].tolist())
-                self._make_room(rows, streams)
-                end = min(num, begin + self.window - int(self._cache.length[rows].max()))
+                self._make_room(rows, streams, version)
+                room = num if self._recurrent else self.window - int(self._cache.length[rows].max())
+                end = min(num, begin + room)
                 later = starts[:, begin + 1 : end].any(0).nonzero()
                 end = begin + 1 + int(later[0]) if len(later) else end
                 some = {name: value[:, begin:end] for name, value in values.items()}
@@ -328,9 +346,11 @@ class Trunk(TensorDictModuleBase):
             raise
         return torch.cat(hidden, 1)
 
-    def _make_room(self, rows: torch.Tensor, streams: list[int]) -> None:
+    def _make_room(self, rows: torch.Tensor, streams: list[int], version: int) -> None:
         """Brings contexts up to date with the weights, and leaves room for a step in each."""
-        cache, version = self._cache, int(self.weight_version)
+        if self._recurrent:
+            return
+        cache = self._cache
         assert cache is not None
         cache.version[rows[cache.length[rows] == 0]] = version
         if self.on_weight_update == "rebuild":
@@ -365,7 +385,10 @@ class Trunk(TensorDictModuleBase):
         positions = begin.unsqueeze(-1) + torch.arange(tokens)
         kv_cache = self._cache.key_values(rows, int(begin.max()) + tokens)
         out, _ = self.backbone(embed.flatten(1, 2), positions.to(embed.device), kv_cache=kv_cache)
-        self._cache.remember(rows, values, counts)
+        if self._recurrent:
+            self._cache.length[rows] += counts
+        else:
+            self._cache.remember(rows, values, counts)
         return self._read_out(out, num)
 
     def _rebuild(self, rows: torch.Tensor, keep: int) -> None:
@@ -379,6 +402,11 @@ class Trunk(TensorDictModuleBase):
         self._cache.length[rows] = 0
         if values:
             self._encode(kept, values, self.embedder(values), counts)
+
+
+def _loaded(trunk: Trunk, _: Any) -> None:
+    if trunk._cache is not None:
+        trunk._cache.version.fill_(-1)  # No version of ours: a new number could be that of a trainer's next weights.
 
 
 def _require_steps(tensordict: TensorDictBase) -> None:
