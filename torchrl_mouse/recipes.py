@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,15 @@ from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import LRSchedulerHook, Trainer
 from torchrl.trainers.trainers import DefaultOptimizationStepper, TargetNetUpdaterHook
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+from torchrl_mouse.modules.trunk import Trunk
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import nn
+    from torchrl.collectors import BaseCollector
     from torchrl.data import ReplayBuffer
+    from torchrl.modules import EGreedyModule
     from torchrl.objectives import LossModule, TargetNetUpdater
     from torchrl.record.loggers import Logger
 
@@ -91,6 +97,42 @@ class _DetachingStepper(DefaultOptimizationStepper):
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         losses: TensorDictBase = super().step(trainer, sub_batch).detach()
         return losses
+
+
+def update_weights(policy: nn.Module, collector: BaseCollector) -> None:
+    """Gives a collector the policy's weights, and says to every trunk in it that they have changed.
+
+    It takes the place of ``collector.update_policy_weights_()`` wherever weights are trained while tasks are played,
+    also where collector and optimiser share the weights: keys and values in the contexts are of the old ones. In a
+    :class:`~torchrl.trainers.Trainer` it is a hook: ``trainer.register_op("post_steps", partial(update_weights, policy,
+    collector))``.
+
+    Args:
+        policy: the module that the collector was built with, or one of the same structure where a factory made its own.
+        collector: any of TorchRL's.
+
+    Examples:
+        >>> from torchrl.collectors import Collector
+        >>> from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
+        >>> from torchrl_mouse.models import MouseConfig, MouseModel
+        >>> embedding = {"max_num_actions": 5, "max_num_obs_continuous": 2, "max_num_obs_discrete": 9}
+        >>> model = MouseModel(MouseConfig(hidden_dim=16, window=32, backbone_kwargs={"num_layers": 1, "num_heads": 2},
+        ...                                embedding_kwargs=embedding, dqn_head_kwargs={}))
+        >>> env = TaskEnv(DarkRoomEnv(range(9), batch_size=2, size=3), episodes_per_task=2)
+        >>> policy = model.actor(env.action_spec_unbatched)
+        >>> collector = Collector(env, policy, frames_per_batch=8, total_frames=16)
+        >>> for batch in collector:
+        ...     # ... an optimiser step ...
+        ...     update_weights(policy, collector)
+        >>> int(model.trunk.weight_version)
+        2
+        >>> collector.shutdown()
+    """
+    for module in policy.modules():
+        if isinstance(module, Trunk):
+            module.mark_weight_update()
+    # As a tensordict: a collector in this process takes no module.
+    collector.update_policy_weights_(TensorDict.from_module(policy))
 
 
 def warmup_cosine(
@@ -246,21 +288,125 @@ def offline_trainer(
         checkpoint_rotation=CheckpointRotation(Path(directory, "checkpoints"), keep_last=2),
     )
     trainer.register_op("process_optim_batch", source.sample)
+    _register_updates(trainer, target_updaters, scheduler)
+    if (mark := getattr(getattr(loss, "trunk", None), "mark_weight_update", None)) is not None:
+        trainer.register_op("post_optim", mark)  # Contexts that were cached before are out of date.
+    return trainer
+
+
+def online_trainer(
+    loss: LossModule,
+    collector: BaseCollector,
+    policy: nn.Module,
+    replay_buffer: ReplayBuffer,
+    optimizer: torch.optim.Optimizer,
+    *,
+    total_frames: int,
+    updates_per_batch: int,
+    directory: str | Path,
+    target_updaters: tuple[TargetNetUpdater, ...] = (),
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    explore: EGreedyModule | None = None,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluation_interval: int = 50_000,
+    clip_norm: float | None = 1.0,
+    logger: Logger | None = None,
+    checkpoint_interval: int = 50_000,
+    seed: int = 0,
+    progress_bar: bool = True,
+) -> Trainer:
+    """Builds a :class:`~torchrl.trainers.Trainer` that collects, stores and learns in turns.
+
+    Checkpoints hold the loss (trunk, heads, targets), the policy, the optimiser, the schedule and the buffer;
+    :func:`run` resumes from the newest. Tasks that were being played are begun anew.
+
+    Args:
+        loss: what is minimised, the sum of its entries that begin with ``loss``.
+        collector: plays; its batches go to the buffer.
+        policy: what the collector plays with, given its weights after each batch.
+        replay_buffer: of a :class:`~torchrl_mouse.data.DatasetStore`, see
+            :func:`~torchrl_mouse.data.replay_buffer`; the first batch has to end a task.
+        optimizer: over ``loss.parameters()``.
+        total_frames: number of steps to play, over all rows.
+        updates_per_batch: optimiser steps after each batch of the collector.
+        directory: where checkpoints are kept (``directory/checkpoints``, the newest two).
+        target_updaters: stepped after every update.
+        scheduler: stepped after every update.
+        explore: the exploration in the policy, whose epsilon falls with the frames played.
+        evaluate: called every ``evaluation_interval`` frames; returns numbers to log.
+        evaluation_interval: in frames, at least 1.
+        clip_norm: largest norm of the gradient; ``None`` does not clip.
+        logger: a TorchRL logger; its axis is frames.
+        checkpoint_interval: frames between checkpoints, at least 1.
+        seed: of torch, numpy, environments and sampling.
+        progress_bar: show one.
+
+    Raises:
+        ValueError: a number of frames, updates or an interval is below 1.
+
+    Examples:
+        See ``examples/online_training.py``.
+    """
+    counts = {"total_frames": total_frames, "updates_per_batch": updates_per_batch}
+    counts |= {"evaluation_interval": evaluation_interval, "checkpoint_interval": checkpoint_interval}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"online_trainer: {name} must be at least 1, got {value}.")
+    replay_buffer.set_rng(torch.Generator().manual_seed(seed))
+    trainer = Trainer(
+        collector=collector,
+        total_frames=total_frames,
+        frame_skip=1,
+        optim_steps_per_batch=updates_per_batch,
+        loss_module=loss,
+        optimizer=optimizer,
+        optimization_stepper=_DetachingStepper(),
+        replay_buffer=replay_buffer,
+        logger=logger,
+        clip_grad_norm=True,
+        clip_norm=clip_norm,
+        progress_bar=progress_bar,
+        seed=seed,
+        save_trainer_interval=checkpoint_interval,
+        log_interval=1,
+        checkpoint=Checkpoint(),
+        checkpoint_rotation=CheckpointRotation(Path(directory, "checkpoints"), keep_last=2),
+    )
+    trainer.register_op("batch_process", replay_buffer.extend)
+    trainer.register_op("process_optim_batch", lambda _: replay_buffer.sample())
+    _register_updates(trainer, target_updaters, scheduler)
+    trainer.register_op("post_steps", partial(update_weights, policy, collector))
+
+    def after_batch(batch: TensorDictBase) -> dict[str, float]:
+        if explore is not None:
+            explore.step(batch.numel())
+        frames = trainer.collected_frames
+        log = {} if explore is None else {"epsilon": float(explore.eps)}
+        if evaluate is not None and frames // evaluation_interval > (frames - batch.numel()) // evaluation_interval:
+            log.update(evaluate())
+        return log
+
+    trainer.register_op("post_steps_log", after_batch)
+    return trainer
+
+
+def _register_updates(
+    trainer: Trainer,
+    target_updaters: tuple[TargetNetUpdater, ...],
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
+) -> None:
     for updater in target_updaters:
         # `TargetNetUpdaterHook.register` would step once per collected batch, not once per update.
         trainer.register_op("post_optim", TargetNetUpdaterHook(updater))
-    if (mark := getattr(getattr(loss, "trunk", None), "mark_weight_update", None)) is not None:
-        trainer.register_op("post_optim", mark)  # Contexts that were cached before are out of date.
     if scheduler is not None:
         LRSchedulerHook(scheduler, interval="optim").register(trainer)
-    return trainer
 
 
 def run(trainer: Trainer, *, resume: bool = True) -> bool:
     """Trains to the end, from the newest checkpoint where there is one.
 
     Args:
-        trainer: from :func:`offline_trainer`.
+        trainer: from :func:`offline_trainer` or :func:`online_trainer`.
         resume: ``False`` begins anew, and removes the checkpoints that are there.
 
     Returns:

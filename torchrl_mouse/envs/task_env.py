@@ -229,6 +229,11 @@ def _check_base(base: EnvBase) -> None:
             f"TaskEnv: base_env must not be a batch of workers, got {type(inner).__name__}. "
             f"Put TaskEnv inside each worker: {type(inner).__name__}(n, lambda: TaskEnv(...))."
         )
+    if getattr(inner, "_is_batched", False):  # a GymWrapper's; its rows cannot be stepped or reset alone
+        raise ValueError(
+            "TaskEnv: base_env must not be a Gymnasium vector environment, whose rows step together, got "
+            f"{type(inner).__name__}. Make one environment per worker: SerialEnv(n, lambda: TaskEnv(GymEnv(...), ...))."
+        )
     if not base.batch_locked and base.batch_size:
         raise ValueError(
             "TaskEnv: base_env must be batch-locked, since each row's progress is kept, got one with batch size "
