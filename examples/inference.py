@@ -1,7 +1,7 @@
 """Plays FrozenLake with a trained agent: several tasks at once, frozen weights, one key-value cache.
 
-Every task is a map that the agent has never seen and does not see. What it learns about the map from its own episodes,
-the rewards at their ends included, stands in its context, which lives as long as the task.
+Every task is a map that no example trains on, and that the agent does not see. What it learns about the map from its
+own episodes, the rewards at their ends included, stands in its context, which lives as long as the task.
 
     python examples/inference.py --model runs/offline_training/model
     python examples/inference.py --model me/frozen-lake-agent --tasks 64 --episodes 50
@@ -16,9 +16,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from offline_training import HeldOutLake
 from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 
-from torchrl_mouse.envs import ClearContext, FrozenLakeEnv, TaskEnv
+from torchrl_mouse.envs import ClearContext, TaskEnv
 from torchrl_mouse.evaluation import evaluate, plot_curves
 from torchrl_mouse.models import load_model
 
@@ -36,9 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, or OWNER/NAME on the Hugging Face Hub")
     parser.add_argument("--head", help="head to act with; the model's own choice by default")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0: the best action; above it, drawn"
-    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the best action; above it, drawn")
     parser.add_argument("--tasks", type=positive, default=16, help="maps, played side by side")
     parser.add_argument("--episodes", type=positive, default=20, help="on each map")
     parser.add_argument("--size", type=positive, default=4, help="side of the maps")
@@ -51,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def make_task(arguments: argparse.Namespace, seed: int) -> EnvBase:
     """Makes one row: a map, and all the episodes on it."""
-    lake = FrozenLakeEnv(arguments.size, is_slippery=arguments.slippery, seed=seed)
+    lake = HeldOutLake(arguments.size, is_slippery=arguments.slippery, seed=seed)
     return TaskEnv(lake, episodes_per_task=arguments.episodes)
 
 

@@ -118,7 +118,7 @@ def test_a_killed_program_goes_on_where_it_was(tmp_path):
     assert (output / "model/model.safetensors").exists()
     assert (output / "curves.png").exists()
     (file,) = output.glob("log/scalars/last_10_episodes.csv")
-    frames = [int(row[0]) for row in csv.reader(file.open())]
+    frames = [int(row[0]) for row in csv.reader(file.read_text().splitlines())]
     assert frames[-1] == 14400
     assert frames[0] < frames[-1]
     assert program(output, "--frames", "9600").wait() == 1, "other options are another run"

@@ -12,7 +12,7 @@ from torchrl.record.loggers import Logger
 
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.objectives import CombinedLoss, MouseDQNLoss, SupervisedPolicyLoss
-from torchrl_mouse.recipes import OfflineSource, offline_trainer, run, warmup_cosine
+from torchrl_mouse.recipes import OfflineSource, claim, offline_trainer, run, warmup_cosine
 from torchrl_mouse.schema import from_mouse_records
 
 NUM_ACTIONS = 3
@@ -344,3 +344,14 @@ def test_source_restores_its_draws():
     for batch in expected[0]:
         assert (other.sample(TensorDict()) == batch).all()
     assert torch.equal(torch.rand(2), expected[1])
+
+
+def test_restart_deletes_runs_only(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"must hold a run to be deleted, got no options.json in it"):
+        claim(tmp_path, {"updates": 1}, restart=True)
+    assert (tmp_path / "thesis.tex").exists()
+    claim(tmp_path / "run", {"updates": 1})
+    (tmp_path / "run/model").touch()
+    claim(tmp_path / "run", {"updates": 2}, restart=True)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["options.json"]

@@ -171,7 +171,7 @@ def claim(directory: str | Path, options: Mapping[str, Any], *, restart: bool = 
         restart: delete what is there.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        ValueError: the folder holds a run with other options, or is to be deleted and holds none.
 
     Examples:
         >>> import tempfile
@@ -185,10 +185,14 @@ def claim(directory: str | Path, options: Mapping[str, Any], *, restart: bool = 
         Restart it, or choose another folder.
     """
     directory = Path(directory)
-    if restart:
-        shutil.rmtree(directory, ignore_errors=True)
-    directory.mkdir(parents=True, exist_ok=True)
     file = directory / "options.json"
+    if restart and directory.exists():
+        if not file.exists() and any(directory.iterdir()):
+            raise ValueError(
+                f"claim: {directory} must hold a run to be deleted, got no {file.name} in it. Choose another folder."
+            )
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(options)
     if file.exists():
         before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)

@@ -1,0 +1,197 @@
+"""Learns FrozenLake by playing it: a new map for every task, many episodes a task, weights that change meanwhile.
+
+An agent plays with a growing context, whole tasks land in a replay buffer, and in-context DQN learns from windows of
+them. While it trains it is tested on maps that it never plays, with frozen weights; the control is the same model with
+its context cleared at every episode. An interrupted run resumes from its newest checkpoint.
+
+    python examples/online_training.py               # about 15 minutes on two cores
+    python examples/online_training.py --smoke       # seconds, to see it run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from create_dataset import at_least, is_held_out
+from offline_training import HeldOutLake
+from tensordict.nn import TensorDictSequential
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
+from torchrl.modules import EGreedyModule
+from torchrl.objectives import SoftUpdate
+from torchrl.record import CSVLogger
+
+from torchrl_mouse.data import DatasetStore, replay_buffer
+from torchrl_mouse.envs import ClearContext, FrozenLakeEnv, TaskEnv
+from torchrl_mouse.evaluation import evaluate, plot_curves, summarize
+from torchrl_mouse.models import MouseConfig, MouseModel
+from torchrl_mouse.objectives import MouseDQNLoss
+from torchrl_mouse.recipes import claim, online_trainer, run, warmup_cosine
+
+SIZE = 4
+ROWS = 16  # played side by side
+EPISODES = 20  # of a task
+LONGEST_EPISODE = 100  # Gymnasium's limit on a lake
+WINDOW = 176
+BATCH_SIZE = 12
+START_SHARE = 0.3
+FRAMES_PER_BATCH = 300 * ROWS  # Even at first a task takes fewer steps than that: its end is in the first batch.
+UPDATES_PER_BATCH = 25
+
+# As in `offline_training.py`, without the conservative penalty: what an action is worth, the agent can find out.
+REWARD_SCALE = 20.0
+GAMMA = 0.9
+TAU = 0.01
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.01
+
+# Exploration: random actions first, then actions drawn by their values.
+TEMPERATURE = 0.3
+EPSILON = (1.0, 0.02)
+EXPLORING_SHARE = 0.5  # of all frames, until epsilon is at its end
+MAPS = 64
+
+
+class TrainingLake(FrozenLakeEnv):
+    """FrozenLake on the maps that are not held out."""
+
+    def sample_task(self, mask: torch.Tensor) -> None:
+        """Draws maps until one is not held out."""
+        super().sample_task(mask)
+        while bool(mask) and is_held_out(self):
+            super().sample_task(mask)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=at_least(1), default=300_000, help="steps to play, over all rows")
+    parser.add_argument(
+        "--evaluate-every", type=at_least(1), default=50_000, help="frames between tests, and checkpoints"
+    )
+    parser.add_argument("--maps", type=at_least(1), default=MAPS, help="held-out maps to test on")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of maps, weights and exploration")
+    parser.add_argument("--output", type=Path, default=Path("runs/online_training"), help="folder for all results")
+    parser.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
+    parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes: shows that it runs")
+    if parser.parse_args().smoke:
+        parser.set_defaults(frames=2 * FRAMES_PER_BATCH, evaluate_every=FRAMES_PER_BATCH, maps=4)
+        parser.set_defaults(output=Path("runs/online_training_smoke"))
+    return parser.parse_args()
+
+
+def make_env(lake: type[FrozenLakeEnv], rows: int, first_seed: int) -> EnvBase:
+    """Makes rows of tasks side by side."""
+
+    def row(seed: int) -> EnvBase:
+        return TaskEnv(lake(SIZE, seed=seed), episodes_per_task=EPISODES)
+
+    return SerialEnv(rows, [partial(row, first_seed + index) for index in range(rows)])
+
+
+def build_model() -> MouseModel:
+    """Builds the agent: 4 layers of width 64."""
+    config = MouseConfig(
+        hidden_dim=64,
+        window=WINDOW,
+        embedding_kwargs={
+            "max_num_actions": 4,
+            "max_num_time_steps": LONGEST_EPISODE + 1,
+            "max_num_obs_discrete": SIZE**2,
+            "std": 0.2,
+        },
+        backbone_kwargs={"kind": "llama", "num_layers": 4, "num_heads": 4, "initializer_range": 0.1},
+        dqn_head_kwargs={"hidden_dim": 64},
+    )
+    return MouseModel(config)
+
+
+def play(model: MouseModel, arguments: argparse.Namespace, *, clear: bool = False) -> torch.Tensor:
+    """Plays the held-out maps with frozen weights; returns ``[maps, episodes]``."""
+    env = make_env(HeldOutLake, arguments.maps, 10**6 * (arguments.seed + 1))
+    actor = model.actor(env.action_spec_unbatched, temperature=TEMPERATURE)
+    env = TransformedEnv(env, ClearContext()) if clear else env
+    return evaluate(actor, env, EPISODES, description="context cleared" if clear else "held-out maps")
+
+
+def log_of(model: MouseModel, arguments: argparse.Namespace) -> dict[str, float]:
+    """Tests, and returns the success in the first and the last ten episodes of a task."""
+    returns = play(model, arguments)
+    return {"first_10_episodes": float(returns[:, :10].mean()), "last_10_episodes": float(returns[:, -10:].mean())}
+
+
+def train(model: MouseModel, arguments: argparse.Namespace) -> None:
+    """Plays and learns in turns."""
+    env = make_env(TrainingLake, ROWS, 10**3 * arguments.seed)
+    actor = model.actor(env.action_spec_unbatched, temperature=TEMPERATURE)
+    exploring = int(EXPLORING_SHARE * arguments.frames)
+    explore = EGreedyModule(env.action_spec, eps_init=EPSILON[0], eps_end=EPSILON[1], annealing_num_steps=exploring)
+    policy = TensorDictSequential(actor, explore)
+    collector = Collector(env, policy, frames_per_batch=FRAMES_PER_BATCH, total_frames=-1)
+    loss = MouseDQNLoss(
+        model.head("dqn"),
+        trunk=model.trunk,
+        gamma=GAMMA,
+        gamma_terminal=GAMMA,
+        reward_scale=REWARD_SCALE,
+        double_dqn=True,
+    )
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    updates = UPDATES_PER_BATCH * (arguments.frames // FRAMES_PER_BATCH)
+    store = DatasetStore(max_action_dim=4, max_obs_discrete_dim=SIZE**2, keys=loss.in_keys)
+    trainer = online_trainer(
+        loss,
+        collector,
+        policy,
+        replay_buffer(store, window=WINDOW, batch_size=BATCH_SIZE, start_share=START_SHARE),
+        optimizer,
+        total_frames=arguments.frames,
+        updates_per_batch=UPDATES_PER_BATCH,
+        directory=arguments.output,
+        target_updaters=(SoftUpdate(loss, tau=TAU),),
+        scheduler=warmup_cosine(optimizer, updates, warmup=updates // 20, floor=0.1),
+        explore=explore,
+        evaluate=partial(log_of, model, arguments),
+        evaluation_interval=arguments.evaluate_every,
+        checkpoint_interval=arguments.evaluate_every,
+        logger=CSVLogger("log", log_dir=arguments.output),
+        seed=arguments.seed,
+    )
+    run(trainer)
+    model.set_target("dqn", loss.target_head_params)
+
+
+def main() -> None:
+    """Trains, saves the model, tests it, and plots."""
+    arguments = parse_arguments()
+    recipe = {name: value for name, value in globals().items() if name.isupper()}
+    options = {"frames": arguments.frames, "seed": arguments.seed, **recipe}
+    try:
+        claim(arguments.output, options, restart=arguments.restart)
+    except ValueError as error:
+        raise SystemExit(f"{error} (--restart, --output)") from None
+    torch.manual_seed(arguments.seed)
+    model = build_model()
+    train(model, arguments)
+    model.save_pretrained(arguments.output / "model")
+
+    torch.manual_seed(arguments.seed)
+    returns = {"agent": play(model, arguments), "context cleared": play(model, arguments, clear=True)}
+    plot_curves({"held-out maps": returns}, arguments.output / "curves.png", title="FrozenLake: no weight changes")
+    results: dict[str, Any] = {name: summarize(values, 1.0) for name, values in returns.items()}
+    (arguments.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    print(f"\n{'held-out maps':<26}{'NAUC':>8}{'first 10':>10}{'last 10':>10}")
+    for name, result in results.items():
+        print(
+            f"{name:<26}{result['nauc']:>8.3f}{result['first_10_episodes']:>10.3f}{result['last_10_episodes']:>10.3f}"
+        )
+    print(f"Written: {arguments.output / 'results.json'}, curves.png, model, log and checkpoints")
+
+
+if __name__ == "__main__":
+    main()
