@@ -14,7 +14,6 @@ improves is the context. The control is the same model with its context cleared 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from torchrl.record import CSVLogger
 from torchrl_mouse.data import DatasetStore, replay_buffer
 from torchrl_mouse.data.columns import REQUIRED_COLUMNS
 from torchrl_mouse.envs import ClearContext, FrozenLakeEnv, TaskEnv
-from torchrl_mouse.evaluation import evaluate, plot_curves, summarize
+from torchrl_mouse.evaluation import evaluate, save_results
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.objectives import CombinedLoss, InContextLoss, MouseDQNLoss, SupervisedPolicyLoss
 from torchrl_mouse.recipes import claim, offline_trainer, run, warmup_cosine
@@ -251,14 +250,8 @@ def main() -> None:
         return
     torch.manual_seed(arguments.seed)
     returns = play(model, side, arguments)
-    results: dict[str, Any] = {name: summarize(values, 1.0) for name, values in returns.items()}
-    plot_curves({"held-out maps": returns}, arguments.output / "curves.png", title="FrozenLake: no weight changes")
-    (arguments.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    print(f"\n{'held-out maps':<26}{'NAUC':>8}{'first 10':>10}{'last 10':>10}")
-    for name, result in results.items():
-        print(
-            f"{name:<26}{result['nauc']:>8.3f}{result['first_10_episodes']:>10.3f}{result['last_10_episodes']:>10.3f}"
-        )
+    table = save_results(arguments.output, "held-out maps", returns, expert=1.0, title="FrozenLake: no weight changes")
+    print(f"\n{table}")
     print(f"Written: {arguments.output / 'results.json'}, curves.png")
 
 

@@ -11,10 +11,8 @@ its context cleared at every episode. An interrupted run resumes from its newest
 from __future__ import annotations
 
 import argparse
-import json
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from create_dataset import at_least, is_held_out
@@ -28,7 +26,7 @@ from torchrl.record import CSVLogger
 
 from torchrl_mouse.data import DatasetStore, replay_buffer
 from torchrl_mouse.envs import ClearContext, FrozenLakeEnv, TaskEnv
-from torchrl_mouse.evaluation import evaluate, plot_curves, summarize
+from torchrl_mouse.evaluation import evaluate, save_results
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.objectives import MouseDQNLoss
 from torchrl_mouse.recipes import claim, online_trainer, run, warmup_cosine
@@ -182,14 +180,8 @@ def main() -> None:
 
     torch.manual_seed(arguments.seed)
     returns = {"agent": play(model, arguments), "context cleared": play(model, arguments, clear=True)}
-    plot_curves({"held-out maps": returns}, arguments.output / "curves.png", title="FrozenLake: no weight changes")
-    results: dict[str, Any] = {name: summarize(values, 1.0) for name, values in returns.items()}
-    (arguments.output / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
-    print(f"\n{'held-out maps':<26}{'NAUC':>8}{'first 10':>10}{'last 10':>10}")
-    for name, result in results.items():
-        print(
-            f"{name:<26}{result['nauc']:>8.3f}{result['first_10_episodes']:>10.3f}{result['last_10_episodes']:>10.3f}"
-        )
+    table = save_results(arguments.output, "held-out maps", returns, expert=1.0, title="FrozenLake: no weight changes")
+    print(f"\n{table}")
     print(f"Written: {arguments.output / 'results.json'}, curves.png, model, log and checkpoints")
 
 

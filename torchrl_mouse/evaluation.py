@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +18,6 @@ from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from tensordict import TensorDictBase
     from torchrl.envs import EnvBase
@@ -236,3 +237,37 @@ def plot_curves(
     if title:
         figure.suptitle(title)
     figure.savefig(path, dpi=120)
+
+
+def save_results(
+    directory: str | Path, tasks: str, returns: Mapping[str, torch.Tensor], *, expert: float, title: str | None = None
+) -> str:
+    """Writes ``results.json``, what :func:`summarize` says of each agent, and ``curves.png``.
+
+    Args:
+        directory: where to write; is made where there is none.
+        tasks: what the agents played.
+        returns: by agent, each ``[B, E]``.
+        expert: the expert's return per episode.
+        title: of the plot.
+
+    Returns:
+        The results as a table, to be printed.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     print(save_results(folder, "fresh maps", {"agent": torch.ones(2, 20)}, expert=1.0))
+        fresh maps                    NAUC  first 10   last 10
+        agent                        1.000     1.000     1.000
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    results = {name: summarize(values, expert) for name, values in returns.items()}
+    plot_curves({tasks: returns}, directory / "curves.png", title=title)
+    (directory / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    lines = [f"{tasks:<26}{'NAUC':>8}{'first 10':>10}{'last 10':>10}"]
+    for name, result in results.items():
+        numbers = (result["nauc"], result["first_10_episodes"], result["last_10_episodes"])
+        lines.append("{:<26}{:>8.3f}{:>10.3f}{:>10.3f}".format(name, *numbers))
+    return "\n".join(lines)
