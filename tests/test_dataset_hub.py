@@ -348,6 +348,7 @@ def test_split_names_are_checked(hub, push, split):
 @pytest.mark.parametrize(
     ("splits", "error", "match"),
     [
+        ([make_store()], TypeError, r"push_to_hub: splits must be a mapping .*, got list\. Give \{'train'"),
         ({}, ValueError, "push_to_hub: splits must be at least one, got none"),
         ({"eval": []}, ValueError, "push_to_hub: split 'eval': stores must be at least one, got none"),
         ({"eval": make_store()}, TypeError, r"must be a list of DatasetStore, got DatasetStore\. Write \[store\]"),

@@ -242,7 +242,9 @@ def test_minari_errors(monkeypatch):
     for name, where in {"observations": (3, 0, 0), "rewards": 2}.items():
         broken = an_episode(4)
         broken[name][where] = np.nan
-        with pytest.raises(ValueError, match=f"{name[:-1]} must not be NaN, got NaN at step 3 of episode 1"):
+        with pytest.raises(
+            ValueError, match=f"from_minari: column '{name[:-1]}' must be finite, .* in step 3 of episode 1"
+        ):
             from_minari(write([an_episode(2), broken]))
     empty = write([an_episode(2)]).filter_episodes(lambda _: False)
     with pytest.raises(ValueError, match="dataset must have steps, got 0 episodes"):
@@ -428,7 +430,7 @@ def test_recording_errors():
         record_vector_env(SyncVectorEnv([lambda: gym.make("Blackjack-v1")]), None, 1)
     broken = partial(gym.wrappers.TransformObservation, cart(), lambda seen: seen * np.nan, None)
     with pytest.raises(
-        ValueError, match="record_vector_env: observation must not be NaN, got NaN at step 0 of episode 0"
+        ValueError, match=r"record_vector_env: column 'observation' must be finite, got \[nan.* in step 0 of episode 0"
     ):
         record_vector_env(SyncVectorEnv([broken]), None, 1, progress_bar=False)
 
@@ -631,7 +633,19 @@ def test_trajectory_errors():
             from_trajectories(data, empty_store())
     broken = steps.clone()
     broken["next", "observation"][4] = torch.nan
-    with pytest.raises(ValueError, match="observation must not be NaN, got NaN at step 3 of episode 1"):
+    with pytest.raises(ValueError, match=r"'observation' must be finite, got .*nan.* in step 3 of episode 1, both"):
         from_trajectories(broken, empty_store())
-    with pytest.raises(ValueError, match=r"store reads, got max_obs_continuous_dim=0"):
+    with pytest.raises(ValueError, match=r"from_trajectories: column 'observation' .* got max_obs_continuous_dim=0"):
         from_trajectories(steps, DatasetStore(5))
+    store = empty_store()
+    for action, rule in ((7, r"lie in \[0, 5\), got 7"), (-1, r"lie in \[0, 5\), got -1")):
+        broken = steps.clone()
+        broken["action"][3] = action
+        message = rf"^from_trajectories: column 'action' must {rule} in step 2 of episode 1, both counted from 0\. "
+        with pytest.raises(ValueError, match=message):
+            from_trajectories(broken, store)
+    assert not len(store)
+    from_trajectories(steps, store)
+    with pytest.raises(KeyError, match=r"from_trajectories: columns must be those in the store .* in observation\."):
+        from_trajectories(steps, store, observation=None)
+    assert store.num_tasks == 1

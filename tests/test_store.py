@@ -226,6 +226,50 @@ class TestDatasets:
         dataset = make_dataset(columns)
         assert len(make_store().from_dataset(dataset.filter(lambda row: row["action"] < ACTIONS))) == 4
 
+    @pytest.mark.parametrize("name", ["metadata_q_star", "action_mask", "observation_image"])
+    def test_rows_that_are_left_out_have_no_width(self, name):
+        kind = datasets.Value({"action_mask": "bool", "observation_image": "uint8"}.get(name, "float32"))
+        rows = [[1] * n for n in (2, 9, 4, 9, 3)]
+        extra = datasets.Dataset.from_dict({name: rows}, features=datasets.Features({name: datasets.List(kind)}))
+        rest = make_dataset({k: v for k, v in make_columns([5]).items() if k != "metadata_q_star"})
+        dataset = datasets.concatenate_datasets([rest, extra], axis=1)
+        sizes = {"max_action_dim": 5, "max_obs_image_pixels": 4}
+        with pytest.raises(ValueError, match=f"'{name}' must have at most .* values a row, got 9"):
+            make_store(**sizes).from_dataset(dataset)
+        few = dataset.filter(lambda row: len(row[name]) < 5)
+        store = make_store(**sizes).from_dataset(few)
+        key = {"metadata_q_star": "q_star", "observation_image": "pixels"}.get(name, name)
+        assert (store[:][key] == 1).sum(-1).tolist() == [2, 4, 3]
+        assert store.to_dataset().features[name].length == 4
+        plain = datasets.Dataset.from_dict(few.to_dict(), features=few.features)
+        assert_equal(store[:], make_store(**sizes).from_dataset(plain)[:])
+
+    def test_nulls_that_span_values(self):
+        """Arrow lets anything stand in a null's place: such a row has no teacher all the same."""
+        lists = pa.ListArray.from_arrays([0, 2, 7, 8], [1.0, 2.0, *[9.0] * 5, 3.0], mask=pa.array([False, True, False]))
+        rows = make_dataset({k: v for k, v in make_columns([3]).items() if k != "metadata_q_star"}).data.table
+        dataset = datasets.Dataset(rows.append_column("metadata_q_star", lists.cast(pa.list_(pa.float32()))))
+        dataset = dataset.select([2, 1, 0])
+        got = make_store(max_action_dim=5).from_dataset(dataset)[:]["q_star"]
+        nothing = -torch.inf
+        assert got.tolist() == [[3.0, *[nothing] * 4], [nothing] * 5, [1.0, 2.0, *[nothing] * 3]]
+
+    def test_rows_of_no_length_alone(self):
+        columns = {k: v for k, v in make_columns([3]).items() if k != "metadata_q_star"}
+        dataset = make_dataset(columns).add_column("metadata_q_star", [[], [1.0], []])
+        steps = make_store().from_dataset(dataset.select([2, 0]))[:]
+        assert torch.isneginf(steps["q_star"]).all()
+
+    def test_columns_of_which_only_nulls_are_left_are_absent(self):
+        columns = make_columns([5])
+        whole = make_dataset({k: v for k, v in columns.items() if k != "xformed_reward"})
+        dataset = whole.add_column("xformed_reward", [1.0, None, 2.0, None, None])
+        store = make_store().from_dataset(dataset.filter(lambda row: row["xformed_reward"] is None))
+        assert_equal(store[:], make_store().from_dataset(whole.select([1, 3, 4]))[:])
+        assert len(make_store().from_dataset(dataset.select([2, 0]))[:]["previous", "xformed_reward"]) == 2
+        with pytest.raises(ValueError, match="'xformed_reward' must hold no nulls, got 1 bad rows, the first is row 1"):
+            make_store().from_dataset(dataset.select([2, 4, 0]))
+
     def test_ragged_rows_in_chunks(self):
         rows = [[1.0], [], [2.0, 3.0], [4.0, 5.0, 6.0], [], [7.0]]
         columns = make_columns([6])
@@ -318,7 +362,7 @@ class TestDatasets:
         make_dataset(make_columns([4, 9])).save_to_disk(tmp_path / "rows")
         gc.collect()
         before = pa.total_allocated_bytes()
-        store = make_store().from_dataset(datasets.load_from_disk(tmp_path / "rows"))
+        store = make_store(max_obs_discrete_dim=7).from_dataset(datasets.load_from_disk(tmp_path / "rows"))
         store[:]
         assert pa.total_allocated_bytes() <= before  # the rows stay in the file
         store.append({name: value[0] for name, value in make_columns([1]).items()})

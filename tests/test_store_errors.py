@@ -10,6 +10,7 @@ from store_data import ACTIONS, assert_task, collect, loaded, make_columns, make
 from torchrl.data import ReplayBuffer
 
 from torchrl_mouse.data import DatasetStore
+from torchrl_mouse.data.columns import Columns
 
 
 def bad(name, value, row=2):
@@ -164,6 +165,47 @@ class TestErrors:
         with pytest.raises(TypeError, match="an index must be an integer"):
             loaded([3])[index]
 
+    @pytest.mark.parametrize("index", [(0, 1), (), None, ..., "action", {0}, [None], ["a"], [[0], [0, 1]]], ids=str)
+    def test_no_index(self, index):
+        with pytest.raises(TypeError, match=f"an index must be an int, .* got {re.escape(repr(index))}"):
+            loaded([3])[index]
+
+    @pytest.mark.parametrize("choice", [{"splits": []}, {"split_pattern": []}, {"splits": ""}], ids=str)
+    def test_no_splits(self, choice):
+        store, parts = make_store(), datasets.DatasetDict({"train": make_dataset(make_columns([2]))})
+        with pytest.raises(ValueError, match=r"from_dataset: splits must be at least one, got .* of train\. Name one"):
+            store.from_dataset(parts, **choice)
+        with pytest.raises(ValueError, match=r"splits must be at least one, got None of an empty DatasetDict"):
+            store.from_dataset(datasets.DatasetDict())
+
+    @pytest.mark.parametrize("steps", [None, {}, [collect([3], rows=1)[0]]], ids=["none", "dict", "list"])
+    def test_no_steps(self, steps):
+        with pytest.raises(TypeError, match=r"extend: steps must be a tensordict, got \w+\. Join several"):
+            make_store().extend(steps)
+
+    def test_columns_of_splits_differ(self):
+        whole = make_dataset(make_columns([3]))
+        store, parts = make_store(), {"train": whole, "eval": whole.remove_columns("xformed_reward")}
+        with pytest.raises(
+            KeyError, match=r"from_dataset: columns must be those .* got a difference in xformed_reward"
+        ):
+            store.from_dataset(datasets.DatasetDict(parts))
+        assert not len(store)
+
+    def test_columns_differ_from_those_of_tasks_that_wait(self):
+        batch, _ = collect([5], rows=1)
+        store = make_store()
+        store.extend(batch[:, :2])
+        with pytest.raises(KeyError, match=r"append: columns must be those .* got a difference in observation\."):
+            store.append({"action": 0, "reward": 0.0, "done": 0, "episode_step": 0})
+        with pytest.raises(
+            KeyError, match=r"from_dataset: columns must be those .* got a difference in xformed_reward"
+        ):
+            store.from_dataset(make_dataset(make_columns([3])))
+        assert not len(store)
+        store.extend(batch[:, 2:])
+        assert len(store) == 6
+
     def test_splits(self):
         parts = datasets.DatasetDict({"train": make_dataset(make_columns([2]))})
         with pytest.raises(ValueError, match="splits and split_pattern must not both be given"):
@@ -285,10 +327,23 @@ class TestErrors:
             store.append({"action": 0, "reward": 0.0, "done": 0, "episode_step": 0, **record})
         assert not len(store)
 
-    def test_unread_columns_of_a_record_are_skipped(self):
-        store = DatasetStore()
-        store.append({name: value[0] for name, value in make_columns([1]).items()})
+    def test_unread_columns_of_a_record_are_refused(self):
+        store = DatasetStore(4)
+        record = {"action": 0, "reward": 0.0, "done": 0, "episode_step": 0}
+        sizes = {"observation": "continuous_dim", "observation_discrete": "discrete_dim"}
+        for name, size in {**sizes, "observation_image": "image_pixels"}.items():
+            with pytest.raises(ValueError, match=f"append: column '{name}' .* the store reads, got max_obs_{size}=0"):
+                store.append({**record, name: [1]})
+        assert not len(store)
+        store.append({**record, "observation": None})
         assert "observation" not in store[0]
+
+    def test_absent_columns_are_none_of_a_read(self):
+        columns = Columns(5, 3, 0, 0)
+        assert torch.isneginf(columns.convert("metadata_q_star", None, torch.Size([2]))).all()
+        for name in ("reward", "observation"):
+            with pytest.raises(KeyError, match=f"column '{name}' must be in all rows"):
+                columns.convert(name, None, torch.Size([2]))
 
     def test_select_takes_a_list(self):
         with pytest.raises(TypeError, match=r"select: keys must be a list of keys, got 'action'\. Write \['action'\]"):

@@ -33,7 +33,7 @@ from torchrl_mouse.data import replay_buffer
 class TestWriting:
     @pytest.mark.parametrize("kind", ["pil", "bytes", "path", "array", "floats", "tensor", "list"])
     def test_append(self, kind, tmp_path):
-        images, store = make_images(3), image_store()
+        images, store = make_images(3), image_store(max_obs_discrete_dim=7)
         (tmp_path / "image.png").write_bytes(b"")
         for image, record in zip(images, make_dataset(make_columns([3], task=False)), strict=True):
             (tmp_path / "image.png").write_bytes(png(image))
@@ -134,10 +134,10 @@ class TestWriting:
                     assert mask.tolist() == [[*masks[row], False, False] for row in rows]
         following = make_store().from_dataset(dataset)[:]["next", "action_mask"]
         assert following[:, :3].tolist() == [*masks[1:], masks[3]]
-        store = make_store()
+        store = make_store(max_obs_discrete_dim=7)
         for record in dataset:
             store.append(record)
-        assert_equal(store[:], make_store().from_dataset(dataset)[:])
+        assert_equal(store[:], make_store(max_obs_discrete_dim=7).from_dataset(dataset)[:])
 
     @given(st.lists(st.lists(st.booleans(), max_size=ACTIONS), min_size=1, max_size=20), st.data())
     @settings(max_examples=60, deadline=None)

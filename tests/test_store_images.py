@@ -32,6 +32,8 @@ from torchrl_mouse.data import DatasetStore
 from torchrl_mouse.data.arrow import ragged_rows
 from torchrl_mouse.modules import StepEmbedder
 
+RECORD = make_dataset(make_columns([1])).remove_columns("observation_discrete")[0]
+
 
 class TestFromDataset:
     @pytest.mark.parametrize("feature", [datasets.Image(), *ARRAYS], ids=str)
@@ -208,7 +210,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=f"from_dataset: {message}"):
             store.from_dataset(self.encoded([good, good, value, good]))
         with pytest.raises(ValueError, match=f"append: {message.replace(' of a data set in memory', '')}"):
-            store.append({**make_dataset(make_columns([1]))[0], "observation_image": value})
+            store.append({**RECORD, "observation_image": value})
         assert len(store) == 2
         assert torch.equal(store[:]["pixels"], flat(make_images(1)).expand(2, -1))
         # An order, and rows that it leaves out.
@@ -226,7 +228,7 @@ class TestErrors:
                 store[index]
         assert store[0]["pixels"].shape == store[3]["pixels"].shape == (PIXELS,)
         with pytest.raises(ValueError, match=r"append: column 'observation_image' must hold readable images"):
-            store.append({**make_dataset(make_columns([1]))[0], "observation_image": {"bytes": BROKEN}})
+            store.append({**RECORD, "observation_image": {"bytes": BROKEN}})
 
     def test_nulls(self):
         good = {"bytes": png(make_images(1)[0]), "path": None}
@@ -252,7 +254,7 @@ class TestErrors:
             image_store().from_dataset(dataset)
         store = image_store()
         with pytest.raises(TypeError, match=r"append: column 'observation_image' must hold .*inhomogeneous.* in row 0"):
-            store.append({**make_dataset(make_columns([1]))[0], "observation_image": arrays[2]})
+            store.append({**RECORD, "observation_image": arrays[2]})
 
     @pytest.mark.parametrize(
         ("kind", "value", "message"),
@@ -269,7 +271,7 @@ class TestErrors:
         store = image_store()
         with pytest.raises(ValueError, match=f"from_dataset: column 'observation_image' must lie in {message}"):
             store.from_dataset(dataset)
-        record = {**make_dataset(make_columns([1]))[0], "observation_image": [0, 1]}
+        record = {**RECORD, "observation_image": [0, 1]}
         store.append(record)
         value = float(value) if kind == "float32" else value
         with pytest.raises(ValueError, match=f"append: column 'observation_image' must lie in {message}"):
@@ -289,7 +291,7 @@ class TestErrors:
         with pytest.raises(ValueError, match=f"from_dataset: column {message} in row 1. Raise"):
             store.from_dataset(with_images([small, PIL.Image.fromarray(make_images(1)[0])], datasets.Image()))
         with pytest.raises(ValueError, match=f"append: column {message}"):
-            store.append({**make_dataset(make_columns([1]))[0], "observation_image": make_images(1)[0]})
+            store.append({**RECORD, "observation_image": make_images(1)[0]})
         with pytest.raises(ValueError, match=f"extend: column {message}"):
             store.extend(collect_images([4], rows=1)[0])
         assert not len(store)
@@ -311,7 +313,7 @@ class TestErrors:
         with pytest.raises(
             error, match=r"append: column 'observation_image' must hold .* in row 0. (Convert|Replace) it"
         ):
-            image_store().append({**make_dataset(make_columns([1]))[0], "observation_image": value})
+            image_store().append({**RECORD, "observation_image": value})
 
     def test_action_mask_type(self):
         features = datasets.Features({"action_mask": datasets.List(datasets.Value("int64"))})
@@ -322,7 +324,7 @@ class TestErrors:
         with pytest.raises(
             TypeError, match=r"append: column 'action_mask' must hold booleans, got torch.int64 in row 0"
         ):
-            make_store().append(dataset[0])
+            make_store(max_obs_discrete_dim=7).append(dataset[0])
         batch, _ = collect_images([3], rows=1, masks=True)
         batch["action_mask"] = batch["action_mask"].float()
         with pytest.raises(TypeError, match=r"entry 'action_mask' must hold booleans, got torch.float32"):

@@ -34,11 +34,11 @@ def save(path, columns, shards=1):
 
 class TestDatasetsOnDisk:
     def test_moved(self, tmp_path):
-        store = make_store().from_dataset(save(tmp_path / "rows", make_columns([5]), 2))
+        store = make_store(max_obs_discrete_dim=7).from_dataset(save(tmp_path / "rows", make_columns([5]), 2))
         store.append({**make_dataset(make_columns([1]))[0]})
         store.dumps(tmp_path / "dump")
         (tmp_path / "rows").rename(tmp_path / "moved")
-        other = make_store().from_dataset(datasets.load_from_disk(tmp_path / "moved"))
+        other = make_store(max_obs_discrete_dim=7).from_dataset(datasets.load_from_disk(tmp_path / "moved"))
         other.loads(tmp_path / "dump")
         assert_equal(other[:], store[:])
 
@@ -106,6 +106,60 @@ class TestState:
             with pytest.raises(ValueError, match=f"load_state_dict: column {message}"):
                 other.load_state_dict(store.state_dict())
             assert len(other) == 1
+
+    def test_saved_rows_of_unfinished_tasks_must_fit(self):
+        batch, _ = collect([6], rows=2)
+        batch["previous", "action"][0, 1] = batch["next", "previous", "action"][0, 0] = 4
+        store = make_store()
+        store.extend(batch[:, :3])
+        cases = [
+            (make_store(max_action_dim=4), r"'action' must lie in \[0, 4\), got 4 in row \d of an unfinished task"),
+            (make_store(max_obs_continuous_dim=0), "'observation' must be one that the store reads"),
+        ]
+        for other, message in cases:
+            other.append(record(0))
+            before = other[:]
+            with pytest.raises(ValueError, match=f"load_state_dict: column {message}"):
+                other.load_state_dict(store.state_dict())
+            assert_equal(other[:], before)
+            assert not len(other._unfinished.open)
+
+    def test_saved_columns_must_be_those_of_the_data_sets(self):
+        dataset = make_dataset(make_columns([4]))
+        store = DatasetStore(5).from_dataset(dataset)
+        store.append({**record(0), "xformed_reward": 0.0})
+        other = make_store(max_obs_discrete_dim=7).from_dataset(dataset)
+        before = other[:]
+        with pytest.raises(
+            KeyError, match=r"load_state_dict: .* got a difference in observation, observation_discrete\."
+        ):
+            other.load_state_dict(store.state_dict())
+        assert_equal(other[:], before)
+
+    @pytest.mark.parametrize("held", ["data set", "appended"])
+    def test_saved_columns_of_unfinished_tasks_too(self, held):
+        columns = {k: v for k, v in make_columns([4]).items() if k in record(0)}
+        dataset = make_dataset(columns)
+        batch, _ = collect([6], rows=1)
+        store = make_store()
+        store.extend(batch[:, :3])
+        state, other = store.state_dict(), make_store()
+        if held == "data set":
+            other.from_dataset(dataset)
+            state["blocks"] = other.state_dict()["blocks"]
+        else:
+            other.append(record(0))
+            state["blocks"] = other.state_dict()["blocks"]
+            other = make_store()
+        with pytest.raises(KeyError, match=r"load_state_dict: .* got a difference in observation\."):
+            other.load_state_dict(state)
+        assert len(other) == (4 if held == "data set" else 0)
+
+    def test_saved_columns_may_differ_from_rows_that_are_replaced(self):
+        store, other = appended(3), make_store()
+        other.append({**record(0), "observation": [0.0]})
+        other.load_state_dict(store.state_dict())
+        assert_equal(other[:], store[:].to_tensordict())
 
     def test_tasks_go_on(self):
         """The task of appended and of collected rows goes on where the saved one stood."""

@@ -20,6 +20,8 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_mouse.data import TaskWriter, replay_buffer
 
+NAMES = ("action", "reward", "done", "episode_step", "observation")
+
 
 class TestWriting:
     def test_append(self):
@@ -132,6 +134,63 @@ class TestWriting:
         assert_task(first, records)
         assert_task(second, tasks[0][1])
         assert first["next", "done"].squeeze(-1).tolist() == [False, False, True, True]
+
+    def test_collected_tasks_end_the_appended_one(self):
+        batch, _ = collect([3], rows=1)
+        store = make_store()
+        record = {"action": 0, "reward": 0.0, "done": 0, "episode_step": 0, "observation": [0.0]}
+        store.append(record)
+        store.extend(batch)
+        store.append(record)
+        store.append(record)
+        assert store.task_starts.tolist() == [0, 1, 5]
+
+    def test_reset_from_outside_inside_the_first_batch(self):
+        batch, tasks = collect([5], rows=1)
+        store = make_store()
+        store.extend(torch.cat([batch[:, :2], batch[:, :3]], 1))
+        assert store.num_tasks == 1
+        assert_task(store[:], {name: value[:3] for name, value in tasks[0][1].items()})
+        store.extend(batch[:, 3:])
+        assert_task(tasks_of(store)[1], tasks[0][1])
+
+    def test_unsigned_streams(self):
+        batch, _ = collect([4], rows=2)
+        stores = [make_store(), make_store()]
+        stores[0].extend(batch)
+        for part in (batch[:, :2], batch[:, 2:]):
+            stores[1].extend(part.clone().set("stream", part["stream"].to(torch.uint64)))
+        assert_equal(stores[1][:], stores[0][:])
+
+    def test_teachers_that_come_and_go(self):
+        """Appended rows are one block whoever has a teacher, as wide as the widest."""
+        stores = [make_store(), make_store()]
+        for step in range(20):
+            record = {"action": 0, "reward": 0.0, "done": 0, "episode_step": step, "observation": [0.0]}
+            q_star = [float(step)] * (step % 4)
+            stores[0].append({**record, "metadata_q_star": q_star or None})
+            stores[1].append({**record, "metadata_q_star": q_star})
+            assert len(stores[0]._blocks) == 1
+            assert ("q_star" in stores[0][0]) == (step > 0)
+        assert_equal(stores[0][:], stores[1][:])
+        q_star = stores[0][:]["q_star"]
+        assert q_star.isfinite().sum(-1).tolist() == [0, 1, 2, 3] * 5
+        assert stores[0].to_dataset().features["metadata_q_star"].length == 3
+        copy = make_store()
+        copy.load_state_dict(stores[0].state_dict())
+        assert_equal(copy[:], stores[1][:])
+
+    def test_a_teacher_of_collected_rows_beside_appended_ones(self):
+        batch, tasks = collect([3], rows=1)
+        taught = batch.clone().set("q_star", torch.zeros(1, 3, ACTIONS))
+        store = make_store().from_dataset(make_dataset({k: v for k, v in make_columns([2]).items() if k in NAMES}))
+        for steps in (batch, taught, batch):
+            store.extend(steps)
+        assert len(store._blocks) == 2
+        finite = [part["q_star"].isfinite().any(-1).tolist() for part in tasks_of(store)]
+        assert finite == [[False] * 2, [False] * 4, [True] * 3 + [False], [False] * 4]
+        for part in tasks_of(store)[1:]:
+            assert_task(part, tasks[0][1])
 
     def test_teacher_values_of_collected_steps(self):
         batch, _ = collect([3], rows=1)

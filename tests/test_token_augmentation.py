@@ -139,6 +139,30 @@ def test_a_mask_that_differs_between_steps_moves_with_the_actions():
     assert torch.equal(after["action_mask"].gather(-1, after["action"].unsqueeze(-1)), legal)
 
 
+@pytest.mark.parametrize("key", ["action_mask", "q_star"])
+def test_an_action_allowed_at_any_step_changes_places(key):
+    """A window's first step alone allows id 1, its last one id 3, those between id 0: the three change places."""
+    before = windows(batch=200).exclude({"action_mask": "q_star", "q_star": "action_mask"}[key])
+    allowed = torch.zeros((*before.shape, A), dtype=torch.bool)
+    allowed[:, 1:-1, 0] = allowed[:, 0, 1] = allowed[:, -1, 3] = True
+    before[key] = allowed if key == "action_mask" else torch.where(allowed, before[key], -torch.inf)
+    augmenter = build(permute_action="input")
+    augmenter(before)
+    new = augmenter.snapshot["permute_action"]
+    assert [column.unique().tolist() for column in new.T] == [[0, 1, 3], [0, 1, 3], [2], [0, 1, 3], [4]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_teacher_values_that_are_no_numbers_allow_nothing(value):
+    before = windows(batch=200).exclude("action_mask")
+    before["q_star"][..., 2] = value
+    augmenter = build(permute_action="both")
+    augmenter(before)
+    new = augmenter.snapshot["permute_action"]
+    assert (new[:, 2] == 2).all()
+    assert [len(column.unique()) for column in new.T] == [4, 4, 1, 4, 4]
+
+
 def test_where_the_teacher_is_silent_actions_stay():
     before = windows(batch=20).exclude("action_mask")
     before["q_star"][0] = -torch.inf

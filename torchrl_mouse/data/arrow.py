@@ -58,6 +58,7 @@ class ArrowColumn:
         name: the column's name, which says what fills shorter rows.
         arrays: the chunks of the column, of a type that :func:`check_type` lets pass.
         starts: the first row of each chunk, int64.
+        order: the rows that will be read, int64; ``None``: all. Longer lists of other rows do not widen these.
 
     Examples:
         >>> column = ArrowColumn("observation", [pa.array([[1.0, 2.0], [3.0]])], torch.tensor([0]))
@@ -65,7 +66,9 @@ class ArrowColumn:
         [[3.0, 0.0], [1.0, 2.0]]
     """
 
-    def __init__(self, name: str, arrays: list[pa.Array], starts: torch.Tensor) -> None:
+    def __init__(
+        self, name: str, arrays: list[pa.Array], starts: torch.Tensor, order: torch.Tensor | None = None
+    ) -> None:
         self._is_list, self._firsts, self._padding = is_list(arrays[0].type), None, PADDING.get(name, 0)
         values, widths = arrays, {1}
         if self._is_list:
@@ -87,6 +90,8 @@ class ArrowColumn:
                 rows, (_, bounds) = slice(start, start + len(array)), row_bounds(array)
                 firsts[rows], lengths[rows] = bounds[:-1] + base, _lengths(array, bounds)
             self._firsts, self._lengths = torch.from_numpy(firsts), torch.from_numpy(lengths)
+            if order is not None:
+                self.width = int(self._lengths[order].max())
         self._bases = bases - starts * self.width  # row r of chunk c begins at element bases[c] + r * width
 
     @property

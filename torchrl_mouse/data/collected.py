@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from tensordict import TensorDictBase
 from tensordict.utils import unravel_key
 
 from torchrl_mouse import schema
@@ -15,7 +16,6 @@ from torchrl_mouse.data.images import IMAGE, check_pixels, to_pixels
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from tensordict import TensorDictBase
     from tensordict.utils import NestedKey
 
 _FLAGS = ("stream", "first", "tail", "ends")
@@ -57,12 +57,15 @@ class TaskAssembler:
             check: raises where records, in the order of the flattened batch, break a rule; it is told which part of a
                 row they are.
         """
+        if not isinstance(steps, TensorDictBase):
+            got, remedy = type(steps).__name__, "Join several by torch.cat, or give one after the other"
+            raise TypeError(f"{_WHERE}: steps must be a tensordict, got {got}. {remedy}.")
         if not steps.shape.numel() or not steps.ndim:  # `TensorDict.numel` is 1 at least
             raise ValueError(
                 f"{_WHERE}: steps must have a batch dimension and rows, got shape {tuple(steps.shape)}. Leave empty "
                 "batches out, and give a single transition as steps.unsqueeze(0)."
             )
-        stream = _scalars(steps, schema.STREAM, "integers")
+        stream = _scalars(steps, schema.STREAM, "integers").long()
         order = _by_stream(stream)
         stream = stream[order]
         first = _scalars(steps, schema.IS_INIT, "booleans")[order]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import datasets
@@ -80,12 +80,13 @@ class Columns:
         self.readable = tuple(name for name in COLUMNS if sizes.get(name, 1) > 0)
 
     def convert(self, name: str, value: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-        """Brings a column's rows, read flat, to the store's dtype and width and to a shape; absent ones are padding."""
-        if name not in PADDING:
-            assert value is not None  # only columns that hold lists may be absent from some rows
-            return value.to(DTYPES[name]).reshape(shape)
-        if value is None:  # rows without a teacher
+        """Brings a column's rows, read flat, to the store's dtype and width and to a shape; no teacher is padding."""
+        if value is None:
+            if name != "metadata_q_star":  # the one column that some rows of a store may lack
+                raise KeyError(f"DatasetStore: column {name!r} must be in all rows, got rows without it. Add it there.")
             return torch.full((*shape, self.widths[name]), PADDING[name])
+        if name not in PADDING:
+            return value.to(DTYPES[name]).reshape(shape)
         value = to_pixels(value) if name == IMAGE else value.to(DTYPES[name])
         return fit(
             value.reshape(*shape, -1) if shape.numel() else value.reshape(*shape, 0), self.widths[name], PADDING[name]
@@ -101,6 +102,7 @@ class Columns:
             if name not in given:
                 got = ", ".join(given) or "none"
                 raise KeyError(f"{where}: column {name!r} must be present, got only {got} in row {row}. Add it.")
+        self.check_read(tuple(given), where)
         return {name: one_row(name, given[name], where, row) for name in self.readable if name in given}
 
     def features(self, names: Iterable[str], blocks: Sequence[Any]) -> datasets.Features:
@@ -120,7 +122,14 @@ class Columns:
                 f"Give {size}, or leave the entry out."
             )
 
-    def check_values(self, records: Records, where: str, first_row: int = 0, part: str = "") -> None:
+    def check_values(
+        self,
+        records: Records,
+        where: str,
+        first_row: int = 0,
+        part: str = "",
+        name_row: Callable[[int], str] = "row {}".format,
+    ) -> None:
         """Raises at the first value that breaks its column's rule, and names its row (and the part of it)."""
         for name, value in records.items():
             if name in PADDING:
@@ -140,7 +149,7 @@ class Columns:
             else:
                 wrong, rule, remedy = ~value.isfinite().reshape(len(value), -1).all(-1), "be finite", "Fix the data."
             row = int(wrong.nonzero()[0])
-            got = f"{value[row].tolist()} in row {first_row + row}{part}"
+            got = f"{value[row].tolist()} in {name_row(first_row + row)}{part}"
             raise ValueError(f"{where}: column {name!r} must {rule}, got {got}. {remedy}")
 
     def check_width(self, name: str, width: int, where: str, row: int | None = None) -> None:
@@ -151,6 +160,15 @@ class Columns:
                 f"{where}: column {name!r} must have at most {size}={self.widths[name]} values a row, got "
                 f"{width}{'' if row is None else f' in row {row}'}. Raise {size}."
             )
+
+
+def check_same(held: Iterable[str], names: Iterable[str], where: str) -> None:
+    """Raises where rows have other columns than those held: every read has the same entries, a teacher excepted."""
+    if differ := set(held).symmetric_difference(names) - {"metadata_q_star"}:
+        raise KeyError(
+            f"{where}: columns must be those in the store ({', '.join(sorted(held))}), got a difference "
+            f"in {', '.join(sorted(differ))}. Add or remove the column, or use a second store."
+        )
 
 
 def holds(value: torch.Tensor, kind: Kind) -> bool:

@@ -30,7 +30,7 @@ CARD_TEMPLATE = Path(__file__).parents[1] / "dataset_card.md"
 SHARD_BYTES = 500 * 10**6
 """Size of a file on the Hub from which on rows go to the next one."""
 STATISTICS = b"torchrl_mouse"
-"""Where a shard's own metadata hold the statistics of its split, for the cards of later pushes."""
+"""Where a shard's own metadata hold the statistics and sizes of its split, for the cards of later pushes."""
 
 # The columns, as the card explains them.
 MEANINGS = {
@@ -83,7 +83,7 @@ def push_to_hub(
         KeyError: stores of one split have different columns.
         PermissionError: the Hub does not accept the token, or its user may not write there.
         RuntimeError: a store has no rows, or the Hub did not take a file.
-        TypeError: a split is not a list of stores.
+        TypeError: ``splits`` is not a mapping, or a split not a list of stores.
         ValueError: no splits, a split's name or ``repo_id`` that the Hub would refuse, or a private repository is asked
             for, and there is a public one.
 
@@ -131,6 +131,9 @@ def _push(
     revision: str | None,
     commit_message: str,
 ) -> CommitInfo:
+    if not isinstance(splits, Mapping):
+        got = type(splits).__name__
+        raise TypeError(f"{where}: splits must be a mapping of names to stores, got {got}. Give {{'train': [store]}}.")
     if not splits:
         raise ValueError(f"{where}: splits must be at least one, got none. Give {{'train': [store]}}.")
     for split, stores in splits.items():
@@ -158,7 +161,7 @@ def _push(
         for split, schema in kept.items():
             _check_kept(where, split, datasets.Features.from_arrow_schema(schema), features)
 
-        statistics = {split: _statistics(stores) for split, stores in splits.items()}
+        statistics = {split: _statistics(stores) | _sizes(stores) for split, stores in splits.items()}
         additions = []
         for split, stores in splits.items():
             files = _write(Path(folder, split), split, stores, features, statistics[split])
@@ -169,7 +172,7 @@ def _push(
         statistics |= {
             split: json.loads((schema.metadata or {}).get(STATISTICS, "{}")) for split, schema in kept.items()
         }
-        card = _card(repo_id, splits, statistics, features, revision).encode()
+        card = _card(repo_id, next(iter(splits)), statistics, features, revision).encode()
         replaced = {path for split in shards.keys() - kept.keys() for path in shards[split]}
         stale = sorted(replaced - {addition.path_in_repo for addition in additions})
         return api.create_commit(
@@ -233,6 +236,15 @@ def _write(
     return files
 
 
+def _sizes(stores: Sequence[DatasetStore]) -> dict[str, float]:
+    """Returns the sizes of the stores' spaces that the columns do not show: at most so many ids were possible."""
+    columns = [store._columns for store in stores]
+    return {
+        "max_action_dim": max(part.widths["metadata_q_star"] for part in columns),
+        "max_obs_discrete_dim": max(part._bounds["observation_discrete"][1] for part in columns),
+    }
+
+
 def _statistics(stores: Sequence[DatasetStore]) -> dict[str, float]:
     """Counts tasks, finished episodes, steps and rows, and describes the episodes' returns, where there are any."""
     parts = [part for store in stores for part in _returns(store)]
@@ -268,18 +280,20 @@ def _returns(store: DatasetStore) -> Iterator[tuple[torch.Tensor, int]]:
 
 def _card(
     repo_id: str,
-    splits: Mapping[str, Sequence[DatasetStore]],
+    split: str,
     statistics: Mapping[str, Mapping[str, float]],
     features: datasets.Features,
     revision: str | None,
 ) -> str:
-    """Fills the template ``dataset_card.md``."""
-    stores = [store._columns for stores in splits.values() for store in stores]
+    """Fills the template ``dataset_card.md``, whose snippet loads ``split`` with sizes that fit all splits."""
     lengths = {name: getattr(feature, "length", 0) for name, feature in features.items()}
     sizes = {
-        "max_action_dim": max(columns.widths["metadata_q_star"] for columns in stores),
+        "max_action_dim": max(
+            *(of.get("max_action_dim", 1) for of in statistics.values()),
+            *(lengths.get(name, 1) for name in ("metadata_q_star", "action_mask")),
+        ),
         "max_obs_continuous_dim": lengths.get("observation"),
-        "max_obs_discrete_dim": max(columns._bounds["observation_discrete"][1] for columns in stores),
+        "max_obs_discrete_dim": max(of.get("max_obs_discrete_dim", 0) for of in statistics.values()),
         "max_obs_image_pixels": lengths.get("observation_image"),
     }
     data = DatasetCardData(
@@ -304,7 +318,7 @@ def _card(
         repo_id=repo_id,
         statistics=statistics,
         columns=columns,
-        split=next(iter(splits)),
+        split=split,
         revision="" if revision is None else f', revision="{revision}"',
         sizes=", ".join(f"{name}={size}" for name, size in sizes.items() if size),
     )

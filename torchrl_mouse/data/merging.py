@@ -88,7 +88,7 @@ def encode_hf_rows(store: DatasetStore, rows: Mapping[str, Sequence[Any]]) -> Te
         )
     try:
         dataset = datasets.Dataset.from_dict({name: rows[name] for name in names})
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         raise TypeError(f"{where}: the values of a column must be of one type, got: {error}. Convert them.") from error
     block = ArrowRows(dataset, tuple(names), None, where)
     if IMAGE in names:

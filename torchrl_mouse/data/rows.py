@@ -50,10 +50,12 @@ class TensorRows:
         return {name: self._columns[name].index_select(0, rows[part].reshape(-1)) for name, part in parts.items()}
 
     def extend(self, records: Records) -> None:
-        """Appends rows; the cost per row does not depend on how many there are."""
+        """Appends rows; the cost per row does not depend on how many there are, nor on which have a teacher."""
         rows = self._rows + len(records["action"])
-        for name, value in records.items():
-            column = self._columns[name]
+        tables = (self._columns, records)
+        self.names = tuple({name: None for table in tables for name in table})
+        for name in self.names:
+            column, value = (table[name] if name in table else torch.empty(len(table["action"]), 0) for table in tables)
             if name in PADDING:
                 width = max(column.shape[1], value.shape[1])
                 column, value = (fit(part, width, PADDING[name]) for part in (column, value))
@@ -94,9 +96,7 @@ class ArrowRows:
         # The data set keeps the buffers alive, and is what gets pickled.
         self._arguments = (dataset, names, task, where)
         self.names, self._where = names, where
-        # After shuffle or select, the table keeps the old order and `_indices` says which of its rows are meant.
-        order = dataset._indices
-        self._order = None if order is None else torch.from_numpy(order.column(0).to_numpy().astype(np.int64))
+        self._order = _order(dataset)
         columns = list(dict.fromkeys([*names, *filter(None, [task])]))
         batches = [batch for batch in dataset.data.table.select(columns).to_batches() if batch.num_rows]
         table = pa.Table.from_batches(batches)
@@ -119,7 +119,7 @@ class ArrowRows:
             else:
                 check_type(name, arrays[0].type, where)
                 self._check_rows(name, arrays)
-                self._columns[name] = ArrowColumn(name, arrays, starts)
+                self._columns[name] = ArrowColumn(name, arrays, starts, self._order)
 
     def __len__(self) -> int:
         return len(self._arguments[0])
@@ -236,12 +236,11 @@ def load_rows(
         if name not in dataset.column_names:
             present = ", ".join(dataset.column_names)
             raise KeyError(f"{where}: column {name!r} must be present, got only {present}. Rename or add the column.")
-    table = dataset.data
     # Splits of one data set have the same columns; one that a split has no values for is all null there.
     names = tuple(
         name
         for name in columns.readable
-        if name in REQUIRED_COLUMNS or (name in dataset.column_names and table.column(name).null_count < table.num_rows)
+        if name in REQUIRED_COLUMNS or (name in dataset.column_names and _has_values(dataset, name))
     )
     block = ArrowRows(dataset, names, task, where)
     for name in {"metadata_q_star", "action_mask"}.intersection(names):
@@ -260,6 +259,23 @@ def load_rows(
             starts.append((ids != before).nonzero().squeeze(-1) + low)
             previous = ids[-1:]
     return block, torch.cat(starts) if starts else torch.zeros(1, dtype=torch.int64)
+
+
+def _order(dataset: datasets.Dataset) -> torch.Tensor | None:
+    """Returns the rows of a data set's table that are meant, int64; ``None``: all, in order.
+
+    After shuffle, select or filter, the table keeps the old rows and ``_indices`` says which of them are meant.
+    """
+    indices = dataset._indices
+    return None if indices is None else torch.from_numpy(indices.column(0).to_numpy().astype(np.int64))
+
+
+def _has_values(dataset: datasets.Dataset, name: str) -> bool:
+    """Says whether any row that is meant is not null; the values are looked at only where some may not be meant."""
+    column, order = dataset.data.column(name), _order(dataset)
+    if order is None or not column.null_count:
+        return bool(column.null_count < len(column))
+    return bool(column.is_valid().to_numpy()[order.numpy()].any())
 
 
 def to_arrow(records: Records, features: datasets.Features) -> pa.RecordBatch:
@@ -289,6 +305,9 @@ def dataset_parts(
     if not isinstance(dataset, datasets.DatasetDict):
         remedy = "load_dataset(..., streaming=False) gives one."
         raise TypeError(f"{where}: data must be a Dataset or DatasetDict, got {type(dataset).__name__}. {remedy}")
+    if not dataset or (chosen is not None and not chosen):
+        got = f"{chosen!r} of {', '.join(dataset) or 'an empty DatasetDict'}"
+        raise ValueError(f"{where}: splits must be at least one, got {got}. Name one, or give no names for all.")
     if chosen is None:
         return [(part, f"{where}: split {key!r}") for key, part in dataset.items()]
     asked = [chosen] if isinstance(chosen, str) else list(chosen)

@@ -147,10 +147,12 @@ class WindowSampler(Sampler):
         Raises:
             RuntimeError: the store has no rows.
             TypeError: another kind of storage.
-            ValueError: the store does not match the weights, or a restored epoch.
+            ValueError: no windows are asked for, or the store does not match the weights, or a restored epoch.
         """
         if not isinstance(storage, DatasetStore):
             raise TypeError(f"WindowSampler: the storage must be a DatasetStore, got {type(storage).__name__}.")
+        if batch_size < 1:
+            raise ValueError(f"WindowSampler: batch_size must be at least 1, got {batch_size}. It counts windows.")
         storage._require_rows("sampled")
         if self._epochs:
             numbers = self._advance(storage, batch_size)

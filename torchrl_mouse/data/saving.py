@@ -51,8 +51,23 @@ class StoreCheckpointer(StorageCheckpointerBase):
             ) from error
 
     def loads(self, storage: Storage, path: str | Path) -> None:
-        """Reads the state; see :meth:`DatasetStore.load_state_dict` for what it raises."""
-        storage.load_state_dict(torch.load(Path(path) / "store.pt", weights_only=True))
+        """Reads the state.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: the file is damaged; see :meth:`DatasetStore.load_state_dict` for what else it raises.
+        """
+        source = Path(path) / "store.pt"
+        try:
+            state = torch.load(source, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # torch's reader raises errors of many kinds.
+            raise ValueError(
+                f"DatasetStore.loads: {source} must be a store's dump, got a damaged or other file "
+                f"({type(error).__name__}: {error}). Load another dump."
+            ) from error
+        storage.load_state_dict(state)
 
 
 def check_datasets(saved: Sequence[dict[str, Any]], loaded: Sequence[dict[str, Any]]) -> None:

@@ -98,6 +98,10 @@ def as_rows(index: Any, length: int) -> torch.Tensor:
     Returns:
         int64, of the index's shape, in ``[0, length)``.
 
+    Raises:
+        IndexError: an index is out of range.
+        TypeError: it is none of the above.
+
     Examples:
         >>> as_rows(slice(-2, None), 5).tolist(), as_rows([[-1, 0]], 5).tolist()
         ([3, 4], [[4, 0]])
@@ -108,7 +112,15 @@ def as_rows(index: Any, length: int) -> torch.Tensor:
         index = range(length)[index]
     if isinstance(index, range):
         index = index.start + index.step * torch.arange(len(index))
-    rows = torch.as_tensor(index)
+    try:
+        if isinstance(index, str | tuple):  # which torch would read as a list
+            raise TypeError("one index is needed")
+        rows = torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"DatasetStore: an index must be an int, a slice, a range, a list or an integer tensor, got {index!r} "
+            f"({error}). The store has one dimension, its records; store.select limits the entries."
+        ) from error
     if rows.numel() and (rows.is_floating_point() or rows.dtype == torch.bool):
         raise TypeError(f"DatasetStore: an index must be an integer, got {rows.dtype}. Convert it with .long().")
     rows = rows.to("cpu", torch.int64)

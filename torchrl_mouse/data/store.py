@@ -13,7 +13,7 @@ from tensordict import TensorDict, TensorDictBase
 from torchrl.data.replay_buffers.storages import Storage
 
 from torchrl_mouse.data.collected import TaskAssembler, record_columns
-from torchrl_mouse.data.columns import COLUMNS, TASK, UNLIMITED, Columns, Records, one_row
+from torchrl_mouse.data.columns import COLUMNS, TASK, UNLIMITED, Columns, Records, check_same, one_row
 from torchrl_mouse.data.rows import ArrowRows, TensorRows, dataset_parts, load_rows, pieces, read_columns, to_arrow
 from torchrl_mouse.data.saving import StoreCheckpointer, check_datasets
 from torchrl_mouse.data.steps import OWN, Part, Selection, as_rows
@@ -218,13 +218,7 @@ class DatasetStore(Storage):
     def _check_names(self, names: Sequence[str], where: str, default: Sequence[str] = ()) -> None:
         """All rows have the same columns, so that every read has the same entries; a teacher may be absent."""
         self._columns.check_read(names, where)
-        held = set(self._names or self._unfinished.columns or default)
-        differ = held.symmetric_difference(names) - {"metadata_q_star"}
-        if held and differ:
-            raise KeyError(
-                f"{where}: columns must be those in the store ({', '.join(sorted(held))}), got a difference "
-                f"in {', '.join(sorted(differ))}. Add or remove the column, or use a second store."
-            )
+        check_same(self._names or self._unfinished.columns or default or names, names, where)
 
     def append(self, record: dict[str, Any]) -> None:
         """Appends one record, visible at once.
@@ -236,8 +230,8 @@ class DatasetStore(Storage):
         Raises:
             KeyError: a column is missing or unknown.
             TypeError: a value of the wrong type.
-            ValueError: a number that is infinite, NaN or out of range, several values in one, or an unreadable image.
-                Nothing is stored then.
+            ValueError: a number that is infinite, NaN or out of range, several values in one, an unreadable image, or a
+                column that the store's sizes leave out. Nothing is stored then.
 
         Examples:
             >>> store = DatasetStore()
@@ -271,7 +265,7 @@ class DatasetStore(Storage):
 
         Raises:
             KeyError: an entry is missing.
-            TypeError: an entry of the wrong dtype.
+            TypeError: not a tensordict, or an entry of the wrong dtype.
             ValueError: a number that is infinite, NaN or out of range, a row that begins in the middle of an unknown
                 task, or one that does not go on where its stream's last step ended. Nothing is stored then.
 
@@ -305,20 +299,20 @@ class DatasetStore(Storage):
 
     def _add_records(self, records: Records, starts: torch.Tensor) -> None:
         last = self._blocks[-1] if self._blocks else None
-        if isinstance(last, TensorRows) and set(last.names) == set(records):
+        if isinstance(last, TensorRows):
             last.extend(records)
-            self._account(len(records["action"]), starts)
+            self._account(len(records["action"]), starts, records)
         else:
             self._add_block(TensorRows(records), starts)
 
     def _add_block(self, block: ArrowRows | TensorRows, starts: torch.Tensor) -> None:
-        self._names = tuple(name for name in COLUMNS if name in {*self._names, *block.names})
         self._block_starts = torch.cat([self._block_starts[: len(self._blocks)], torch.tensor([len(self)])])
         self._blocks.append(block)
-        self._account(len(block), starts)
+        self._account(len(block), starts, block.names)
         self._appended_task = []
 
-    def _account(self, rows: int, starts: torch.Tensor) -> None:
+    def _account(self, rows: int, starts: torch.Tensor, names: Iterable[str]) -> None:
+        self._names = tuple(name for name in COLUMNS if name in {*self._names, *names})
         end = self._task_bounds[-1:]
         self._task_bounds = torch.cat([self._task_bounds[:-1], starts + end, end + rows])
         self._bump_mutation_revision()
@@ -415,7 +409,7 @@ class DatasetStore(Storage):
         Raises:
             KeyError: the saved columns are not those of the loaded data sets.
             ValueError: the loaded data sets are not those of the saved store, or changed on disk since; or the saved
-                rows do not fit the store's sizes. The store is as it was then.
+                rows, or those of unfinished tasks, do not fit the store's sizes. The store is as it was then.
 
         Examples:
             >>> store, other = DatasetStore(), DatasetStore()
@@ -431,14 +425,21 @@ class DatasetStore(Storage):
         )
         remaining = iter(loaded)
         blocks = [next(remaining) if "fingerprint" in s else TensorRows(s) for s in state_dict["blocks"]]
-        for block, state in zip(blocks, state_dict["blocks"], strict=True):
-            if isinstance(block, TensorRows):
-                self._columns.check_read(block.names, where)
+        unfinished = TaskAssembler()
+        unfinished.restore(state_dict["unfinished"])
+        held = [names for names in (*(block.names for block in blocks), unfinished.columns) if names]
+        for names in held:
+            self._columns.check_read(names, where)
+            check_same(held[0], names, where)
+        for state in state_dict["blocks"]:
+            if "fingerprint" not in state:
                 self._columns.check_values(state, where)
+        waiting = {name: unfinished.waiting[0][name] for name in unfinished.columns}
+        self._columns.check_values(waiting, where, part=" of an unfinished task")
         self._clear()
         for block in blocks:
             self._add_block(block, torch.zeros(0, dtype=torch.int64))
         self._task_bounds = state_dict["task_bounds"].clone()
-        self._unfinished.restore(state_dict["unfinished"])
+        self._unfinished = unfinished
         self._appended_task = list(state_dict["appended_task"])
         self._bump_mutation_revision()

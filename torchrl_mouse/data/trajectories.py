@@ -11,7 +11,7 @@ from tensordict.utils import unravel_key
 from torchrl.data import ReplayBuffer
 
 from torchrl_mouse import schema
-from torchrl_mouse.data.images import check_pixels, to_pixels
+from torchrl_mouse.data.images import IMAGE, check_pixels, to_pixels
 from torchrl_mouse.streams import draw_streams
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     from torchrl_mouse.data.store import DatasetStore
 
 _WHERE = "from_trajectories"
+_COLUMNS = {
+    "time": "episode_step",
+    "obs_continuous": "observation",
+    "obs_discrete": "observation_discrete",
+    "obs_image": IMAGE,
+}
+"""What a store calls the records that MOUSE's conversion calls otherwise."""
 _TRAJECTORY: tuple[NestedKey, ...] = (("collector", "traj_ids"), "episode")
 
 
@@ -170,20 +177,21 @@ def add_records(store: DatasetStore, records: dict[str, torch.Tensor], task: tor
         The store.
 
     Raises:
-        ValueError: NaN, or what the store refuses.
+        KeyError: the store has other columns.
+        ValueError: a value that the store refuses. Its step is counted as a record, from the episode's first frame on.
 
     Examples:
         See :func:`from_trajectories`.
     """
     time = records["time"]
-    for name, column in records.items():
-        if column.is_floating_point() and (wrong := column.isnan().reshape(len(time), -1).any(-1)).any():
-            row = int(wrong.nonzero()[0])
-            episode = int((time[: row + 1] == 0).sum()) - 1
-            raise ValueError(
-                f"{where}: {name.replace('obs_continuous', 'observation')} must not be NaN, got NaN at step "
-                f"{int(time[row])} of episode {episode}, both counted from 0. Fix the data."
-            )
+
+    def name_row(row: int) -> str:
+        return f"step {int(time[row])} of episode {int((time[: row + 1] == 0).sum()) - 1}, both counted from 0"
+
+    # As `extend` would find them, which cannot say where they are.
+    columns = {_COLUMNS.get(name, name): value for name, value in records.items()}
+    store._check_names(tuple(columns), where)
+    store._columns.check_values(columns, where, name_row=name_row)
     first = torch.ones(len(task), dtype=torch.bool)
     first[1:] = task[1:] != task[:-1]
     last = first.roll(-1)  # the last row is followed by the first one
