@@ -635,3 +635,11 @@ class TestErrors:
     def test_no_rows(self):
         with pytest.raises(RuntimeError, match="cannot be sampled, got 0 rows and 0 unfinished tasks"):
             WindowSampler(3).sample(DatasetStore(), 2)
+
+
+@pytest.mark.parametrize("sampling", ["random", "last", "sequential", "batch"])
+def test_no_windows_asked_for(sampling):
+    store = DatasetStore()
+    store.append({"action": 0, "reward": 0.0, "done": 0, "episode_step": 0})
+    with pytest.raises(ValueError, match=r"WindowSampler: batch_size must be at least 1, got 0"):
+        WindowSampler(2, sampling=sampling).sample(store, 0)

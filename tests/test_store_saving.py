@@ -314,3 +314,14 @@ while True:
         for one, other in itertools.pairwise(buffers):
             assert_equal(one[:], other[:])
             assert_equal(one.sample(), other.sample())
+
+
+@pytest.mark.parametrize("content", [b"", b"no dump at all", b"PK\x03\x04 half a file"])
+def test_damaged_dump_is_named(tmp_path, content):
+    (tmp_path / "store.pt").write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"DatasetStore.loads: .*store.pt must be a store's dump, got a damaged or other"
+    ):
+        DatasetStore().loads(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"store.pt"):
+        DatasetStore().loads(tmp_path / "nowhere")
