@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
+from hub import hub_fixture  # noqa: F401
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -205,6 +206,18 @@ def test_training_goes_on_where_it_stopped(call, dataset, trained, tmp_path):
     assert "--restart" in error
     call("offline_training.py", *smoke(dataset[0], output), "--batch-size", 3, "--restart", "--play-episodes", 0)
     assert not (output / "results.json").exists()
+
+
+def test_data_go_to_the_hub_and_come_from_there(hub, call, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.token)  # as `hf auth login` leaves it
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    arguments = ["--episodes", 8, "--episodes-per-task", 4, "--output", tmp_path / "data", "--push", "user/lake"]
+    printed = call("create_dataset.py", *arguments, "--private")
+    assert "Uploaded: http" in printed
+    assert any(path.endswith(".parquet") for path in hub.files("user/lake", "dataset"))
+    printed = call("offline_training.py", *smoke("user/lake", tmp_path / "out"), "--play-episodes", 0)
+    assert "user/lake: DatasetStore(steps=" in printed
+    assert (tmp_path / "out/model/model.safetensors").exists()
 
 
 def test_other_data_are_another_run(call, tmp_path):
