@@ -178,8 +178,8 @@ def test_losses_never_look_at_values(make_model, random_steps):
 
 
 def test_stepping_looks_at_values(make_trunk, random_steps):
-    """The control of the two above: the addresses of contexts are read."""
-    with pytest.raises(NotImplementedError, match="meta tensor"):
+    """The control of the two above: the version of the weights and the addresses of contexts are read."""
+    with pytest.raises(RuntimeError, match="meta tensor"):
         make_trunk().to("meta")(random_steps(ROWS, 1)[:, 0].to("meta"))
 
 
