@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from create_dataset import at_least
 from offline_training import HeldOutLake
 from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 
@@ -24,23 +25,15 @@ from torchrl_mouse.evaluation import evaluate, plot_curves
 from torchrl_mouse.models import load_model
 
 
-def positive(text: str) -> int:
-    """Reads a number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder, or OWNER/NAME on the Hugging Face Hub")
     parser.add_argument("--head", help="head to act with; the model's own choice by default")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the best action; above it, drawn")
-    parser.add_argument("--tasks", type=positive, default=16, help="maps, played side by side")
-    parser.add_argument("--episodes", type=positive, default=20, help="on each map")
-    parser.add_argument("--size", type=positive, default=4, help="side of the maps")
+    parser.add_argument("--tasks", type=at_least(1), default=16, help="maps, played side by side")
+    parser.add_argument("--episodes", type=at_least(1), default=20, help="on each map")
+    parser.add_argument("--size", type=at_least(1), default=4, help="side of the maps")
     parser.add_argument("--slippery", action="store_true", help="moves go astray two times in three")
     parser.add_argument("--clear", action="store_true", help="clear the context at every episode")
     parser.add_argument("--seed", type=int, default=0, help="of maps and actions")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from create_dataset import at_least, is_held_out
-from offline_training import HeldOutLake
+from offline_training import LONGEST_EPISODE, HeldOutLake, build_model
 from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
@@ -27,14 +27,13 @@ from torchrl.record import CSVLogger
 from torchrl_mouse.data import DatasetStore, replay_buffer
 from torchrl_mouse.envs import ClearContext, FrozenLakeEnv, TaskEnv
 from torchrl_mouse.evaluation import evaluate, save_results
-from torchrl_mouse.models import MouseConfig, MouseModel
+from torchrl_mouse.models import MouseModel
 from torchrl_mouse.objectives import MouseDQNLoss
 from torchrl_mouse.recipes import claim, online_trainer, run, warmup_cosine
 
 SIZE = 4
 ROWS = 16  # played side by side
 EPISODES = 20  # of a task
-LONGEST_EPISODE = 100  # Gymnasium's limit on a lake
 WINDOW = 176
 BATCH_SIZE = 12
 START_SHARE = 0.3
@@ -90,23 +89,6 @@ def make_env(lake: type[FrozenLakeEnv], rows: int, first_seed: int) -> EnvBase:
         return TaskEnv(lake(SIZE, seed=seed), episodes_per_task=EPISODES)
 
     return SerialEnv(rows, [partial(row, first_seed + index) for index in range(rows)])
-
-
-def build_model() -> MouseModel:
-    """Builds the agent: 4 layers of width 64."""
-    config = MouseConfig(
-        hidden_dim=64,
-        window=WINDOW,
-        embedding_kwargs={
-            "max_num_actions": 4,
-            "max_num_time_steps": LONGEST_EPISODE + 1,
-            "max_num_obs_discrete": SIZE**2,
-            "std": 0.2,
-        },
-        backbone_kwargs={"kind": "llama", "num_layers": 4, "num_heads": 4, "initializer_range": 0.1},
-        dqn_head_kwargs={"hidden_dim": 64},
-    )
-    return MouseModel(config)
 
 
 def play(model: MouseModel, arguments: argparse.Namespace, *, clear: bool = False) -> torch.Tensor:
@@ -174,7 +156,8 @@ def main() -> None:
     except ValueError as error:
         raise SystemExit(f"{error} (--restart, --output)") from None
     torch.manual_seed(arguments.seed)
-    model = build_model()
+    sizes = {"actions": 4, "time_steps": LONGEST_EPISODE + 1, "continuous": 0, "discrete": SIZE**2}
+    model = build_model(sizes, ["dqn"], WINDOW)
     train(model, arguments)
     model.save_pretrained(arguments.output / "model")
 

@@ -15,6 +15,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import LRSchedulerHook, Trainer
 from torchrl.trainers.trainers import DefaultOptimizationStepper, TargetNetUpdaterHook
 
+from torchrl_mouse.data.saving import replace_json
 from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -193,18 +194,15 @@ def claim(directory: str | Path, options: Mapping[str, Any], *, restart: bool = 
             )
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(options)
     if file.exists():
-        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(text)
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(options))
         if names := [name for name in before | now if before.get(name) != now.get(name)]:
             others = ", ".join(f"{name} {now.get(name)} instead of {before.get(name)}" for name in names)
             raise ValueError(
                 f"claim: the run in {directory} must have been begun with the same options, got {others}. "
                 "Restart it, or choose another folder."
             )
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(file)
+    replace_json(file, options)
 
 
 def offline_trainer(
@@ -267,29 +265,24 @@ def offline_trainer(
         ...     run(trainer), run(offline_trainer(loss, buffer, optimizer, **options))  # the second has nothing to do
         (True, False)
     """
-    counts = {"updates": updates, "log_interval": log_interval, "checkpoint_interval": checkpoint_interval}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"offline_trainer: {name} must be at least 1, got {value}.")
+    _check_counts(
+        "offline_trainer", updates=updates, log_interval=log_interval, checkpoint_interval=checkpoint_interval
+    )
     source = OfflineSource(replay_buffer, device=device)
-    trainer = Trainer(
+    trainer = _make_trainer(
+        directory,
         collector=source,
         total_frames=updates,
-        frame_skip=1,
         optim_steps_per_batch=1,
         loss_module=loss,
         optimizer=optimizer,
-        optimization_stepper=_DetachingStepper(),
         logger=logger,
-        clip_grad_norm=True,
         clip_norm=clip_norm,
         progress_bar=progress_bar,
         seed=seed,
         # `Trainer` acts once more frames than these have passed.
         save_trainer_interval=checkpoint_interval - 1,
         log_interval=log_interval - 1,
-        checkpoint=Checkpoint(),
-        checkpoint_rotation=CheckpointRotation(Path(directory, "checkpoints"), keep_last=2),
     )
     trainer.register_op("process_optim_batch", source.sample)
     _register_updates(trainer, target_updaters, scheduler)
@@ -351,30 +344,28 @@ def online_trainer(
     Examples:
         See ``examples/online_training.py``.
     """
-    counts = {"total_frames": total_frames, "updates_per_batch": updates_per_batch}
-    counts |= {"evaluation_interval": evaluation_interval, "checkpoint_interval": checkpoint_interval}
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"online_trainer: {name} must be at least 1, got {value}.")
+    _check_counts(
+        "online_trainer",
+        total_frames=total_frames,
+        updates_per_batch=updates_per_batch,
+        evaluation_interval=evaluation_interval,
+        checkpoint_interval=checkpoint_interval,
+    )
     replay_buffer.set_rng(torch.Generator().manual_seed(seed))
-    trainer = Trainer(
+    trainer = _make_trainer(
+        directory,
         collector=collector,
         total_frames=total_frames,
-        frame_skip=1,
         optim_steps_per_batch=updates_per_batch,
         loss_module=loss,
         optimizer=optimizer,
-        optimization_stepper=_DetachingStepper(),
         replay_buffer=replay_buffer,
         logger=logger,
-        clip_grad_norm=True,
         clip_norm=clip_norm,
         progress_bar=progress_bar,
         seed=seed,
         save_trainer_interval=checkpoint_interval,
         log_interval=1,
-        checkpoint=Checkpoint(),
-        checkpoint_rotation=CheckpointRotation(Path(directory, "checkpoints"), keep_last=2),
     )
     trainer.register_op("batch_process", replay_buffer.extend)
     trainer.register_op("process_optim_batch", lambda _: replay_buffer.sample())
@@ -392,6 +383,23 @@ def online_trainer(
 
     trainer.register_op("post_steps_log", after_batch)
     return trainer
+
+
+def _check_counts(where: str, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{where}: {name} must be at least 1, got {value}.")
+
+
+def _make_trainer(directory: str | Path, **options: Any) -> Trainer:
+    return Trainer(
+        frame_skip=1,
+        optimization_stepper=_DetachingStepper(),
+        clip_grad_norm=True,
+        checkpoint=Checkpoint(),
+        checkpoint_rotation=CheckpointRotation(Path(directory, "checkpoints"), keep_last=2),
+        **options,
+    )
 
 
 def _register_updates(

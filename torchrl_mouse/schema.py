@@ -14,6 +14,8 @@ import torch
 from tensordict import TensorDict, TensorDictBase
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from tensordict.utils import NestedKey
 
 OBSERVATION: NestedKey = "observation"
@@ -106,13 +108,15 @@ def decision_mask(
     *,
     terminated: NestedKey = PREVIOUS_TERMINATED,
     truncated: NestedKey = PREVIOUS_TRUNCATED,
+    masks: Iterable[NestedKey] = (MASK,),
 ) -> torch.Tensor:
     """Marks the steps whose action was a decision: no terminal frame, no padding.
 
     Args:
-        steps: steps ``[*]``; ``("collector", "mask")`` (bool, ``[*]`` or ``[*, 1]``) is honoured where present.
+        steps: steps ``[*]``.
         terminated: entry that marks terminal frames, see :func:`is_terminal_frame`.
         truncated: the same for a step limit.
+        masks: entries (bool, ``[*]`` or ``[*, 1]``) that are false at padding; honoured where present.
 
     Returns:
         bool ``[*]``.
@@ -129,9 +133,10 @@ def decision_mask(
         [True, False, False]
     """
     decision = ~is_terminal_frame(steps, terminated=terminated, truncated=truncated)
-    if steps.get(MASK, None) is None:
-        return decision
-    return decision & per_step(steps, MASK, "bool")
+    for key in masks:
+        if steps.get(key, None) is not None:
+            decision = decision & per_step(steps, key, "bool")
+    return decision
 
 
 def require(

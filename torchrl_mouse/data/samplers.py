@@ -13,6 +13,7 @@ from torchrl.data.replay_buffers.samplers import Sampler
 from torchrl.data.replay_buffers.writers import Writer
 
 from torchrl_mouse import schema
+from torchrl_mouse.data.saving import replace_json
 from torchrl_mouse.data.store import DatasetStore
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ class WindowSampler(Sampler):
     def dumps(self, path: str | Path) -> None:
         """Writes where the epoch stands; the buffer saves the generator."""
         state = {name: value for name, value in self.state_dict().items() if name != "rng"}
-        _replace(Path(path) / "sampler.json", state)
+        replace_json(Path(path) / "sampler.json", state)
 
     def loads(self, path: str | Path) -> None:
         """Reads where the epoch stands."""
@@ -363,7 +364,7 @@ class TaskWriter(Writer):
 
     def dumps(self, path: str | Path) -> None:
         """Writes the number of steps handed over."""
-        _replace(Path(path) / "writer.json", self.state_dict())
+        replace_json(Path(path) / "writer.json", self.state_dict())
 
     def loads(self, path: str | Path) -> None:
         """Reads the number of steps handed over."""
@@ -432,14 +433,6 @@ def replay_buffer(
         generator=torch.Generator().manual_seed(seed),
         **kwargs,
     )
-
-
-def _replace(file: Path, state: dict[str, Any]) -> None:
-    """Writes a file whole or not at all: a full disk or a kill leaves the earlier one."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(state))
-    partial.replace(file)
 
 
 def _as_is(steps: TensorDictBase) -> TensorDictBase:

@@ -1,8 +1,9 @@
-"""Saving a store: whole or not at all."""
+"""Saving a store and what belongs to it: whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torchrl.data.replay_buffers.storages import Storage
 
@@ -68,6 +69,22 @@ class StoreCheckpointer(StorageCheckpointerBase):
                 f"({type(error).__name__}: {error}). Load another dump."
             ) from error
         storage.load_state_dict(state)
+
+
+def replace_json(file: Path, state: Mapping[str, Any]) -> None:
+    """Writes a file whole or not at all: a full disk or a kill leaves the earlier one.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     replace_json(Path(folder, "state.json"), {"position": 3})
+        ...     Path(folder, "state.json").read_text()
+        '{"position": 3}'
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(state))
+    partial.replace(file)
 
 
 def check_datasets(saved: Sequence[dict[str, Any]], loaded: Sequence[dict[str, Any]]) -> None:

@@ -146,12 +146,11 @@ class InContextLoss(LossModule):
 
     def _decisions(self, steps: TensorDictBase) -> torch.Tensor:
         """Returns the steps at which something was decided that no mask excludes; bool ``[*, T]``."""
-        keys = self.tensor_keys
-        decisions = ~schema.is_terminal_frame(steps, terminated=keys.terminated, truncated=keys.truncated)
-        for key in self._loss_mask_keys():
-            if self.loss_mask_key != "auto" or steps.get(key, None) is not None:
-                decisions = decisions & schema.per_step(steps, key, "bool")
-        return decisions
+        keys, masks = self.tensor_keys, self._loss_mask_keys()
+        if self.loss_mask_key != "auto":
+            for key in masks:
+                schema.require(steps, key)
+        return schema.decision_mask(steps, terminated=keys.terminated, truncated=keys.truncated, masks=masks)
 
     def _action_mask(self, steps: TensorDictBase, num_actions: int) -> torch.Tensor | None:
         """Returns which actions are allowed, bool ``[*, T, A]``, one at least; ``None`` where all are."""
