@@ -10,7 +10,13 @@ import torch
 from torchrl.envs import SerialEnv
 from torchrl.envs.utils import check_env_specs
 
-from torchrl_mouse.envs import PointRobotEnv, TaskEnv, point_robot_goals
+from torchrl_mouse.envs import (
+    PointRobotEnv,
+    TaskEnv,
+    point_robot_goals,
+    point_robot_oracle,
+    sparse_point_robot_oracle,
+)
 
 TEST_GOALS = [
     *((0.448, 0.586), (-0.297, 0.819), (0.426, 0.794), (-0.160, -0.065), (0.808, 0.267)),
@@ -112,7 +118,7 @@ def test_goals_neither_read_nor_move_numpys_global_generator():
 
 @pytest.mark.parametrize("part", [slice(40, 50), slice(0, 40)])
 def test_published_figures(part):
-    goals = point_robot_goals(50)[part].repeat(2000, 1)
+    goals = point_robot_goals(50)[part].repeat(10_000, 1)
     test = part.start == 40
 
     def returns(target):
@@ -134,8 +140,7 @@ def test_published_figures_of_the_sparse_variant():
     goals = point_robot_goals(50, sparse=True)
     frames = walk(PointRobotEnv(goals, sparse=True), goals)
     paid = frames["sparse_reward"].squeeze(-1)
-    # goals at 0 and 180 degrees are at exactly 0.2 after 8 steps: rounding decides, float64 (the figures) pays nothing
-    returns = paid.where(paid > 0.8 + 1e-5, 0).sum(-1)
+    returns = paid.sum(-1)
     assert returns.mean().item() == pytest.approx(13.31, abs=0.006)
     assert returns[40:].mean().item() == pytest.approx(13.07, abs=0.006)
     assert (returns[40:].min().item(), returns[40:].max().item()) == pytest.approx((12.70, 13.90), abs=0.006)
@@ -145,15 +150,84 @@ def test_published_figures_of_the_sparse_variant():
     assert paid.sum((-1, -2)).mean().item() == pytest.approx(4.40, abs=0.02)
 
 
-def test_known_goal_has_a_closed_form():
-    goals = point_robot_goals(50)
-    env = PointRobotEnv(goals, seed=3)
+@pytest.mark.parametrize("degrees", [0, 180])
+def test_rounding_at_the_radius_is_that_of_python_numbers(degrees):
+    goal = [round(math.cos(math.radians(degrees))), 0.0]  # at 0.2 after 8 steps
+    x, paid = 0.0, []
+    for _ in range(10):
+        x += 0.1 * goal[0]
+        reward = -math.hypot(goal[0] - x, 0)
+        paid.append(reward + 1 if reward >= -0.2 else 0)
+    assert paid[7] == 0
+    frames = play(PointRobotEnv([goal], sparse=True), [[goal[0], 0.0]] * 10)
+    close(frames["sparse_reward"][0], paid)
+    assert sparse_point_robot_oracle(torch.tensor(goal), max_steps=10).item() == pytest.approx(sum(paid), abs=1e-6)
+
+
+def grid(num):
+    """The centres of ``num`` by ``num`` equal cells of [-1, 1]^2."""
+    line = (torch.arange(num) + 0.5) / num * 2 - 1
+    return torch.cartesian_prod(line, line)
+
+
+def test_oracles_are_walks_in_the_environment():
+    goals = torch.cat([point_robot_goals(50, sparse=True), grid(9) * 3])  # some too far away, some within the radius
+    env = PointRobotEnv(goals, sparse=True, start="random", seed=3)
     start = env.reset()["observation"]
     env.set_seed(3)
-    frames = walk(env, goals)
-    step = torch.arange(1, 21).unsqueeze(-1)
-    left = ((goals - start).abs().unsqueeze(1) - 0.1 * step).clamp(min=0)
-    torch.testing.assert_close(frames["reward"].squeeze(-1), -left.norm(dim=-1), atol=1e-5, rtol=0)
+    rewards = walk(env, goals)["reward"].squeeze(-1)
+    paid = walk(PointRobotEnv(goals, sparse=True), goals)["sparse_reward"].squeeze(-1)
+    for steps in (1, 7, 20):
+        oracle = point_robot_oracle(start, goals, max_steps=steps)
+        torch.testing.assert_close(oracle, rewards[:, :steps].sum(-1), atol=5e-5, rtol=0)
+        oracle = sparse_point_robot_oracle(goals, max_steps=steps)
+        torch.testing.assert_close(oracle, paid[:, :steps].sum(-1), atol=5e-5, rtol=0)
+    assert (oracle == 0).any()
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3, 2.0])
+def test_no_policy_beats_the_oracle(noise):
+    goals = point_robot_goals(50, sparse=True).repeat(40, 1)
+    env = PointRobotEnv(goals, sparse=True)
+    frame, dense, sparse = env.reset(), torch.zeros(len(goals)), torch.zeros(len(goals))
+    for _ in range(20):
+        action = (goals - frame["observation"]) * 10
+        frame = env.step(frame.set("action", action.clamp(-1, 1) + noise * torch.randn_like(action)))["next"]
+        dense += frame["reward"].squeeze(-1)
+        sparse += frame["sparse_reward"].squeeze(-1)
+        frame = frame.exclude("reward")
+    best, best_sparse = point_robot_oracle(torch.zeros(2), goals), sparse_point_robot_oracle(goals)
+    assert (dense <= best + 1e-5).all()
+    assert (sparse <= best_sparse + 1e-5).all()
+    assert (dense < best).float().mean() > 0.9
+    assert (sparse < best_sparse).float().mean() > 0.9
+
+
+def test_oracles_published_figures():
+    dense = point_robot_oracle(grid(60), point_robot_goals(50)[:, None])
+    assert dense.shape == (50, 3600)
+    assert dense[40:].mean().item() == pytest.approx(-4.59, abs=0.006)
+    assert dense[40:].var(-1).sum().sqrt().item() / 10 == pytest.approx(1.18, abs=0.006)
+    assert dense[:40].mean().item() == pytest.approx(-5.10, abs=0.03)
+    assert point_robot_oracle(grid(25)[:, None], grid(25)).mean().item() == pytest.approx(-5.20, abs=0.03)
+    sparse = sparse_point_robot_oracle(point_robot_goals(50, sparse=True))
+    assert sparse.mean().item() == pytest.approx(13.31, abs=0.006)
+    assert sparse[40:].mean().item() == pytest.approx(13.07, abs=0.006)
+    assert (sparse[40:].min().item(), sparse[40:].max().item()) == pytest.approx((12.70, 13.90), abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("oracle", "match"),
+    [
+        (lambda: point_robot_oracle(torch.zeros(3), torch.zeros(2)), r"point_robot_oracle: start must .* got \[3\]"),
+        (lambda: point_robot_oracle(torch.zeros(2), torch.tensor(0)), r"point_robot_oracle: goal must .* got \[\]"),
+        (lambda: sparse_point_robot_oracle(torch.zeros(4, 1)), r"sparse_point_robot_oracle: goal must .* got \[4, 1\]"),
+        (lambda: sparse_point_robot_oracle(torch.zeros(2), max_steps=0), r"max_steps must be at least 1, got 0"),
+    ],
+)
+def test_oracles_errors(oracle, match):
+    with pytest.raises(ValueError, match=match):
+        oracle()
 
 
 def test_fixed_rows_and_drawn_rows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -26,7 +27,8 @@ class PointRobotEnv(EnvBase):
     its sparse-point-robot (arXiv 1903.08254).
 
     A frame holds ``observation`` float32 ``[*, 2]``, the position. Actions: float ``[*, 2]`` in [-1, 1], clipped to it;
-    the point moves by a tenth. Episodes never terminate. The plane has no border.
+    the point moves by a tenth. Episodes never terminate. The plane has no border. Positions are kept in float64, as in
+    PEARL's code: whether a goal that is a whole number of steps away is within the radius is up to rounding.
 
     The sparse variant adds ``sparse_reward`` float32 ``[*, 1]`` to the frame a move leads to: ``1 - d`` at a distance
     ``d`` of at most 0.2 from the goal, else 0; it is 0 at an episode's first frame. ``reward`` stays dense: PEARL
@@ -88,9 +90,9 @@ class PointRobotEnv(EnvBase):
         self._fixed, self._max_steps, self._sparse = batch_size is None, max_steps, sparse
         self._random_start = not sparse if start is None else start == "random"
         # buffers, so that `to` moves them
-        position = torch.zeros(*self.batch_size, 2, device=self.device)
+        position = torch.zeros(*self.batch_size, 2, dtype=torch.float64, device=self.device)
         steps = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
-        for key, tensor in {"_goals": goals, "_goal": position, "_position": position, "_steps": steps}.items():
+        for key, tensor in {"_goals": goals, "_goal": position.float(), "_position": position, "_steps": steps}.items():
             self.register_buffer(key, tensor, persistent=False)
         self._make_specs()
         self._generator = torch.Generator()
@@ -122,31 +124,24 @@ class PointRobotEnv(EnvBase):
         index = torch.randint(len(self._goals), self.batch_size, generator=self._generator)
         return self._goals[index.to(self._goals.device)]
 
-    def _dense_reward(self) -> torch.Tensor:
+    def _frame(self, **rest: torch.Tensor) -> TensorDict:
+        """The frame at the present positions, with ``reward``; built at once, which is much of a small step's time."""
         offset = self._position - self._goal
-        return -torch.hypot(offset[..., :1], offset[..., 1:])  # (*, 1)
-
-    def _frame(self) -> TensorDict:
-        frame = TensorDict({schema.OBSERVATION: self._position.clone()}, self.batch_size, device=self.device)
+        reward = -torch.hypot(offset[..., :1], offset[..., 1:])  # (*, 1)
+        frame = {schema.OBSERVATION: self._position.float(), "reward": reward.float(), **rest}
         if self._sparse:
-            reward = self._dense_reward()
             # a function of the state alone, so that a partial reset leaves the other rows' entry as it was
             pays = (reward >= -_RADIUS) & (self._steps > 0).unsqueeze(-1)
-            frame["sparse_reward"] = torch.where(pays, reward + 1, 0)
-        return frame
-
-    def _mask(self, tensordict: TensorDictBase | None, key: str) -> torch.Tensor:
-        mask = None if tensordict is None else tensordict.get(key, None)
-        return torch.ones_like(self._steps, dtype=torch.bool) if mask is None else mask.reshape(self.batch_size)
+            frame["sparse_reward"] = torch.where(pays, reward + 1, 0).float()
+        return TensorDict(frame, self.batch_size, device=self.device)
 
     def _reset(self, tensordict: TensorDictBase | None = None, **kwargs: Any) -> TensorDictBase:
-        mask = self._mask(tensordict, "_reset")
         start = torch.zeros_like(self._position)
         if self._random_start:
-            start = (torch.rand(start.shape, generator=self._generator) * 2 - 1).to(start.device)
-        self._position = torch.where(mask.unsqueeze(-1), start, self._position)
-        self._steps = torch.where(mask, 0, self._steps)
-        return self._frame()
+            start = (torch.rand(start.shape, dtype=start.dtype, generator=self._generator) * 2 - 1).to(start.device)
+        steps = torch.zeros_like(self._steps)
+        self._move(start, steps, None if tensordict is None else tensordict.get("_reset", None))
+        return self._frame().exclude("reward")
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         action = tensordict.get(schema.ACTION)
@@ -154,11 +149,17 @@ class PointRobotEnv(EnvBase):
             want, got = list(self._position.shape), list(action.shape)
             raise ValueError(f"PointRobotEnv: action must have shape {want}, got {got}. Fix the policy.")
         moved = self._position + _STEP * action.to(self._position.dtype).clamp(-1, 1)
-        mask = self._mask(tensordict, "_step")
-        self._position, self._steps = torch.where(mask.unsqueeze(-1), moved, self._position), self._steps + mask
+        self._move(moved, self._steps + 1, tensordict.get("_step", None))
         truncated = (self._steps >= self._max_steps).unsqueeze(-1)
-        frame = self._frame().set("reward", self._dense_reward()).set("terminated", torch.zeros_like(truncated))
-        return frame.set("truncated", truncated).set("done", truncated.clone())
+        return self._frame(terminated=torch.zeros_like(truncated), truncated=truncated, done=truncated.clone())
+
+    def _move(self, position: torch.Tensor, steps: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """Replaces the state of the rows in ``mask``, of all without one."""
+        if mask is not None:
+            mask = mask.reshape(self.batch_size)
+            position = torch.where(mask.unsqueeze(-1), position, self._position)
+            steps = torch.where(mask, steps, self._steps)
+        self._position, self._steps = position, steps
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is None:
@@ -197,3 +198,66 @@ def point_robot_goals(num: int, *, sparse: bool = False) -> torch.Tensor:
     else:
         goals = random.uniform(-1, 1, (num, 2))
     return torch.from_numpy(goals).float()
+
+
+def point_robot_oracle(start: torch.Tensor, goal: torch.Tensor, *, max_steps: int = 20) -> torch.Tensor:
+    """Computes the return of an episode by a robot that knows the goal: ``-sum_t |max(|goal - start| - t / 10, 0)|``.
+
+    The best there is: the axes move independently, so each is brought to the goal at full speed.
+
+    Args:
+        start: the episode's first position, ``[*, 2]``.
+        goal: ``[*, 2]``; the two broadcast.
+        max_steps: the episode's length, as the environment's.
+
+    Returns:
+        The sum of ``reward``, float32 ``[*]``.
+
+    Raises:
+        ValueError: a shape does not end in 2, or ``max_steps`` is below 1.
+
+    Examples:
+        >>> point_robot_oracle(torch.zeros(2), torch.tensor([[0.0, 0.3], [0.3, 0.4]])).tolist()
+        [-0.3000..., -0.6841...]
+    """
+    distance = _distance_left("point_robot_oracle", start, goal, max_steps)
+    return -distance.sum(-1).float()
+
+
+def sparse_point_robot_oracle(goal: torch.Tensor, *, max_steps: int = 20) -> torch.Tensor:
+    """Computes the sparse return of an episode from the origin by a robot that knows the goal.
+
+    It walks as in :func:`point_robot_oracle`, and is paid ``1 - d`` after each step that ends at ``d <= 0.2``.
+
+    Args:
+        goal: ``[*, 2]``.
+        max_steps: the episode's length, as the environment's.
+
+    Returns:
+        The sum of ``sparse_reward``, float32 ``[*]``.
+
+    Raises:
+        ValueError: the shape does not end in 2, or ``max_steps`` is below 1.
+
+    Examples:
+        >>> goals = point_robot_goals(50, sparse=True)
+        >>> round(sparse_point_robot_oracle(goals[40:]).mean().item(), 2)
+        13.07
+    """
+    distance = _distance_left("sparse_point_robot_oracle", torch.zeros_like(goal), goal, max_steps)
+    return torch.where(distance <= _RADIUS, 1 - distance, 0).sum(-1).float()
+
+
+def _distance_left(where: str, start: torch.Tensor, goal: torch.Tensor, max_steps: int) -> torch.Tensor:
+    """The distances ``[*, T]`` to the goal after each step at full speed along each axis, float64."""
+    for name, valid, rule, value in (
+        ("goal", goal.shape[-1:] == (2,), "have shape [*, 2]", list(goal.shape)),
+        ("start", start.shape[-1:] == (2,), "have shape [*, 2]", list(start.shape)),
+        ("max_steps", max_steps >= 1, "be at least 1", max_steps),
+    ):
+        if not valid:
+            raise ValueError(f"{where}: {name} must {rule}, got {value}. Change it.")
+    # added up step by step, as the environment does: rounding decides on which side of the radius a step ends
+    moved = torch.tensor(list(accumulate(repeat(_STEP, max_steps))), dtype=torch.float64, device=goal.device)
+    left = ((goal.double() - start.double()).abs().unsqueeze(-2) - moved.unsqueeze(-1)).clamp(min=0)  # (*, T, 2)
+    return torch.hypot(left[..., 0], left[..., 1])

@@ -3,6 +3,7 @@
 from torchrl_mouse.objectives.common import CombinedLoss, InContextLoss
 from torchrl_mouse.objectives.dqn import MouseDQNLoss
 from torchrl_mouse.objectives.iql import MouseIQLLoss
+from torchrl_mouse.objectives.pearl import PEARLLoss
 from torchrl_mouse.objectives.supervised import SupervisedPolicyLoss, SupervisedValueLoss
 from torchrl_mouse.objectives.vec_dqn import VecDQNLoss
 
@@ -11,6 +12,7 @@ __all__ = [
     "InContextLoss",
     "MouseDQNLoss",
     "MouseIQLLoss",
+    "PEARLLoss",
     "SupervisedPolicyLoss",
     "SupervisedValueLoss",
     "VecDQNLoss",

@@ -1,0 +1,328 @@
+"""PEARL on point-robot, sparse-point-robot or cheetah-vel, at the budget of the benchmark that compares its encoders.
+
+An agent meta-trains on some tasks: it plays with latents that it draws from its belief about the task, and learns to
+infer that belief from transitions. After every iteration it meets test tasks, and what it reaches in its last episode
+there is the metric, ``meta_test_return``. A run that was stopped resumes from its last finished iteration.
+
+    python examples/pearl.py --env point-robot --encoder mlp --seed 42       # a bit over an hour on one core
+    python examples/pearl.py --env point-robot --encoder mlp --budget small  # ten minutes
+    python examples/pearl.py --env point-robot --encoder my_encoder.py       # a file with a CustomContextEncoder
+    python examples/pearl.py --env point-robot --budget smoke                # seconds, to see it run
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from create_dataset import at_least
+from pearl_benchmark import (
+    BUDGETS,
+    LATENT_DIM,
+    Benchmark,
+    as_context,
+    make_env,
+    make_tasks,
+    meta_test,
+    play,
+    regret,
+    save,
+)
+from tensordict import TensorDict
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data.replay_buffers.samplers import RandomSampler, SliceSampler
+from torchrl.objectives import SoftUpdate
+from torchrl.record import CSVLogger
+from tqdm import tqdm
+
+from torchrl_mouse.modules import (
+    CONTEXT_ENCODERS,
+    ContextPosterior,
+    latent_actor,
+    latent_qvalue,
+    latent_value,
+    make_context_encoder,
+    sample_latent,
+)
+from torchrl_mouse.objectives import PEARLLoss
+from torchrl_mouse.recipes import claim
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+
+HIDDEN_SIZES = [200, 200, 200]  # of the encoder
+LEARNING_RATE = 3e-4
+TAU = 0.005
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", choices=BUDGETS["benchmark"], default="point-robot", help="the tasks")
+    kinds = ", ".join(CONTEXT_ENCODERS)
+    parser.add_argument("--encoder", default="mlp", help=f"{kinds}, or a file with a CustomContextEncoder")
+    parser.add_argument("--budget", choices=BUDGETS, default="benchmark", help="small has fewer rows in an update")
+    parser.add_argument("--seed", type=at_least(0), default=42, help="of weights, latents, actions and starts")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where networks learn")
+    parser.add_argument("--output", type=Path, help="folder of the run; by default runs/pearl/ENV/ENCODER-BUDGET-SEED")
+    parser.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
+    arguments = parser.parse_args()
+    if arguments.output is None:
+        run = f"{Path(arguments.encoder).stem}-{arguments.budget}-{arguments.seed}"
+        arguments.output = Path("runs/pearl") / arguments.env / run
+    return arguments
+
+
+class Agent:
+    """The networks, and how they are used."""
+
+    def __init__(self, encoder: str, observation_dim: int, action_dim: int, benchmark: Benchmark) -> None:
+        self.benchmark = benchmark
+        size = observation_dim + action_dim + 1
+        network = make_context_encoder(encoder, hidden_sizes=HIDDEN_SIZES, input_size=size, output_size=2 * LATENT_DIM)
+        self.recurrent = getattr(network, "IS_RECURRENT", False)
+        self.posterior = ContextPosterior(network)
+        self.sample = sample_latent()
+        self.actor = latent_actor(observation_dim, action_dim, LATENT_DIM)
+        self.loss = PEARLLoss(
+            self.posterior,
+            self.actor,
+            [latent_qvalue(observation_dim, action_dim, LATENT_DIM) for _ in range(2)],
+            latent_value(observation_dim, LATENT_DIM),
+            gamma=benchmark.gamma,
+            reward_scale=benchmark.reward_scale,
+            kl_weight=benchmark.kl_weight,
+        )
+
+    def forget(self, num_tasks: int) -> None:
+        """Begins anew with other tasks."""
+        self.num_tasks = num_tasks
+        self.posterior.reset(num_tasks)
+
+    def infer(self, context: TensorDict | None) -> torch.Tensor:
+        """Draws latents ``[tasks, Z]`` from the belief after a context ``[tasks, N]``; without one, from the prior."""
+        if context is None:
+            return torch.randn(self.num_tasks, LATENT_DIM)
+        belief = self.posterior(TensorDict({"context": context}, [len(context)]))
+        return self.sample(belief)["latent"]
+
+
+class Experience:
+    """What has been seen in each training task: all of it for the critics, the newest for the context."""
+
+    def __init__(self, benchmark: Benchmark, *, recurrent: bool) -> None:
+        self.benchmark, self.recurrent = benchmark, recurrent
+        self.replay = [self._buffer(benchmark.rows, RandomSampler()) for _ in range(benchmark.num_train)]
+        self.context = []
+        for _ in range(benchmark.num_train):
+            rows, sampler = benchmark.context_rows, RandomSampler()
+            if recurrent:  # whole episodes in their order, in as many rows at least
+                episodes = -(-rows // benchmark.max_steps)
+                rows = episodes * benchmark.max_steps
+                sampler = SliceSampler(num_slices=episodes, end_key=("next", "done"))
+            self.context.append(self._buffer(rows, sampler))
+
+    def _buffer(self, rows: int, sampler: Any) -> TensorDictReplayBuffer:
+        storage = LazyTensorStorage(self.benchmark.most_steps)
+        return TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=rows)
+
+    def draw(self) -> TensorDict:
+        """Draws tasks, and for each transitions and a context, as :class:`PEARLLoss` reads them."""
+        tasks = torch.randint(self.benchmark.num_train, [self.benchmark.meta_batch]).tolist()
+        batch = torch.stack([self.replay[task].sample() for task in tasks])
+        context = torch.stack([self.context[task].sample() for task in tasks])[:, : self.benchmark.context_rows]
+        batch = TensorDict(batch.select("observation", "action", "next"), [len(tasks)])
+        return batch.set("context", as_context(context, self.benchmark))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all transitions."""
+        return {
+            name: [buffer[:] if len(buffer) else None for buffer in getattr(self, name)]
+            for name in ("replay", "context")
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes the transitions of a :meth:`state_dict`."""
+        for name, tasks in state.items():
+            for buffer, steps in zip(getattr(self, name), tasks, strict=True):
+                buffer.empty()
+                if steps is not None:
+                    buffer.extend(steps)
+
+
+@torch.no_grad()
+def collect(
+    agent: Agent, name: str, tasks: torch.Tensor, ids: torch.Tensor, experience: Experience, *, first: bool
+) -> None:
+    """Plays training tasks, those of ``ids``, all at once.
+
+    Args:
+        agent: draws latents and actions.
+        name: of the environment.
+        tasks: all training tasks.
+        ids: which of them; one may come twice, and its context is then that of the last.
+        experience: where transitions go.
+        first: play the steps before the first iteration, with latents from the prior.
+    """
+    benchmark = agent.benchmark
+    length = benchmark.max_steps
+    prior = (benchmark.initial_steps if first else benchmark.prior_steps) // length
+    env = make_env(name, tasks[ids.repeat_interleave(prior)], benchmark)
+    agent.forget(len(ids) * prior)
+    steps = play(env, agent.actor, agent.infer(None), benchmark)
+    seen = steps.reshape(len(ids), prior * length)
+    for task, rows in zip(ids.tolist(), seen, strict=True):
+        experience.replay[task].extend(rows)
+        if not first:
+            experience.context[task].empty()
+        experience.context[task].extend(rows)
+    if first:
+        return
+    env = make_env(name, tasks[ids], benchmark)
+    for budget, for_context in ((benchmark.posterior_steps, True), (benchmark.extra_steps, False)):
+        agent.forget(len(ids))
+        for episode in range(budget // length):
+            latent = agent.infer(draw_context(seen, agent) if episode else None)
+            steps = play(env, agent.actor, latent, benchmark)
+            if for_context:
+                seen = torch.cat([seen, steps], 1)
+            for task, rows in zip(ids.tolist(), steps, strict=True):
+                experience.replay[task].extend(rows)
+                if for_context:
+                    experience.context[task].extend(rows)
+
+
+def draw_context(seen: TensorDictBase, agent: Agent) -> TensorDict:
+    """Draws a context of the training's size from transitions ``[tasks, N]``, as training itself does."""
+    rows, length = agent.benchmark.context_rows, agent.benchmark.max_steps
+    tasks, num = seen.shape
+    if agent.recurrent:
+        first = torch.randint(num // length, (tasks, -(-rows // length), 1)) * length
+        index = (first + torch.arange(length)).flatten(1)[:, :rows]
+    else:
+        index = torch.randint(num, (tasks, rows))
+    return as_context(seen[torch.arange(tasks).unsqueeze(-1), index], agent.benchmark)
+
+
+class Run:
+    """Meta-training, one iteration after the other."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.benchmark = BUDGETS[arguments.budget][arguments.env]
+        self.tasks, self.test_tasks = make_tasks(arguments.env, self.benchmark)
+        torch.manual_seed(arguments.seed)
+        env = make_env(arguments.env, self.tasks[:1], self.benchmark)
+        sizes = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
+        self.agent = Agent(arguments.encoder, *sizes, self.benchmark)
+        self.experience = Experience(self.benchmark, recurrent=self.agent.recurrent)
+        self.optimizer = torch.optim.Adam(self.agent.loss.parameters(), lr=LEARNING_RATE, fused=True)
+        self.updater = SoftUpdate(self.agent.loss, tau=TAU)
+        self.history: list[dict[str, float]] = []
+        self.file = arguments.output / "checkpoint.pt"
+        self.logger = CSVLogger("log", log_dir=str(arguments.output))
+
+    def train(self) -> dict[str, float]:
+        """Trains to the end, from the last checkpoint if there is one; returns the results."""
+        if self.file.exists():
+            self.load()
+        elif not self.history:
+            ids = torch.arange(self.benchmark.num_train)
+            collect(self.agent, self.arguments.env, self.tasks, ids, self.experience, first=True)
+        updates = self.benchmark.iterations * self.benchmark.updates
+        with tqdm(total=updates, initial=len(self.history) * self.benchmark.updates, unit="update") as bar:
+            while len(self.history) < self.benchmark.iterations:
+                self.iterate(bar)
+                self.save()
+                save(self.arguments.env, self.history, self.arguments.output, self.title)
+        return save(self.arguments.env, self.history, self.arguments.output, self.title)
+
+    @property
+    def title(self) -> str:
+        """Says what the run is."""
+        encoder = Path(self.arguments.encoder).stem
+        return f"{self.arguments.env}, {encoder} encoder, {self.arguments.budget} budget, seed {self.arguments.seed}"
+
+    def iterate(self, bar: tqdm) -> None:
+        """Plays, learns and is tested."""
+        agent, benchmark = self.agent, self.benchmark
+        agent.loss.eval()
+        ids = torch.randint(benchmark.num_train, [benchmark.tasks_per_iteration])
+        collect(agent, self.arguments.env, self.tasks, ids, self.experience, first=False)
+        agent.loss.train()
+        sums: dict[str, float] = {}
+        for _ in range(benchmark.updates):
+            for name, value in self.update().items():
+                sums[name] = sums.get(name, 0.0) + float(value) / benchmark.updates
+            bar.update()
+        agent.loss.eval()
+        entry = {**sums, **self.test()}
+        for name, value in entry.items():
+            self.logger.log_scalar(name, value, step=len(self.history))
+        self.history.append(entry)
+        bar.set_postfix({"iteration": len(self.history), "test return": f"{entry['test_return']:.2f}"})
+
+    def update(self) -> TensorDictBase:
+        """Makes a gradient step: encoder and critics first, then state value and actor."""
+        loss = self.agent.loss
+        batch = self.experience.draw().to(self.arguments.device)
+        critic = loss.critic_loss(batch)
+        self.optimizer.zero_grad()
+        (critic["loss_kl"] + critic["loss_qvalue"]).backward()
+        self.optimizer.step()
+        actor = loss.actor_loss(batch)
+        self.optimizer.zero_grad()
+        (actor["loss_value"] + actor["loss_actor"]).backward()
+        self.optimizer.step()
+        self.updater.step()
+        return critic.update(actor).detach()
+
+    def test(self) -> dict[str, float]:
+        """Meets all tasks anew."""
+        results = {}
+        for kind, tasks in (("train", self.tasks), ("test", self.test_tasks)):
+            self.agent.forget(len(tasks))
+            env = make_env(self.arguments.env, tasks, self.benchmark)
+            returns, starts = meta_test(env, self.agent.actor, self.agent.infer, self.benchmark)
+            results[f"{kind}_return"] = returns[:, -1].mean().item()
+        results["first_episode"] = returns[:, 0].mean().item()
+        if self.arguments.env == "point-robot":
+            results["regret"] = regret(returns, starts, self.test_tasks)
+        return results
+
+    def save(self) -> None:
+        """Writes the checkpoint, whole or not at all."""
+        state = {name: getattr(self, name).state_dict() for name in ("experience", "optimizer")}
+        state |= {"loss": self.agent.loss.state_dict(), "history": self.history, "random": torch.get_rng_state()}
+        part = self.file.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, self.file)
+
+    def load(self) -> None:
+        """Goes on from the checkpoint."""
+        state = torch.load(self.file, weights_only=False)
+        self.agent.loss.load_state_dict(state["loss"])
+        for name in ("experience", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
+        self.history = state["history"]
+        torch.set_rng_state(state["random"])
+
+
+def main() -> None:
+    """Trains, or goes on, and prints the results."""
+    arguments = parse_arguments()
+    options = {"env": arguments.env, "encoder": arguments.encoder, "budget": arguments.budget, "seed": arguments.seed}
+    options |= dataclasses.asdict(BUDGETS[arguments.budget][arguments.env])
+    claim(arguments.output, options, restart=arguments.restart)
+    results = Run(arguments).train()
+    for name, value in results.items():
+        print(f"{name}: {value:.3f}")
+    print(f"Results, plot, log and checkpoint are in {arguments.output}.")
+
+
+if __name__ == "__main__":
+    main()

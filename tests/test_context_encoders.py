@@ -1,0 +1,303 @@
+"""Context encoders: what they read, what they say before they are trained, what they remember."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from torchrl_mouse.modules import CONTEXT_ENCODERS, PyTorchModule, TransformerContextEncoder, fanin_init
+
+HIDDEN, INPUT, OUTPUT = [24, 24, 20], 5, 6
+KINDS = list(CONTEXT_ENCODERS)
+PER_TRANSITION = ["linear", "mlp", "attention"]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(kind, **kwargs):
+    """Of random last layers: what they hide is to be seen."""
+    encoder = CONTEXT_ENCODERS[kind](HIDDEN, INPUT, OUTPUT, **kwargs)
+    nn.init.normal_(encoder.last_fc.weight)
+    return encoder.eval()
+
+
+# --- the base
+
+
+def test_init_params_are_the_arguments_of_the_class_itself():
+    class Base(PyTorchModule):
+        def __init__(self, sizes, **kwargs):
+            self.save_init_params(locals())
+            super().__init__()
+            self.inner = nn.Linear(1, 1)
+
+    class Derived(Base):
+        def __init__(self, first, **kwargs):
+            self.save_init_params(locals())
+            super().__init__([first], **kwargs)
+
+    module = Derived(3, rate=0.5)
+    assert module.init_params == {"first": 3, "rate": 0.5}
+    assert set(module.state_dict()) == {"inner.weight", "inner.bias"}
+    assert Base([1]).init_params == {"sizes": [1]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_params_make_another_one(kind):
+    kwargs = {"transformer": {"width": 8, "num_queries": 2}, "attention": {"num_heads": 2}}.get(kind, {})
+    encoder = make(kind, **kwargs)
+    assert encoder.init_params.items() >= kwargs.items()
+    other = type(encoder)(**encoder.init_params)
+    other.load_state_dict(encoder.state_dict())
+    rows = torch.randn(2, 4, INPUT)
+    assert torch.equal(other.eval()(rows), encoder(rows))
+
+
+def test_fanin_counts_the_outputs():
+    weight = fanin_init(torch.empty(16, 4000))
+    assert 0.249 < weight.max() <= 0.25
+    assert -0.25 <= weight.min() < -0.249
+    assert abs(weight.mean()) < 2e-3
+
+
+def test_fanin_is_of_matrices():
+    with pytest.raises(ValueError, match=r"weight must be a matrix, got shape \[3\]"):
+        fanin_init(torch.empty(3))
+
+
+# --- the encoders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initialisation(kind):
+    encoder = CONTEXT_ENCODERS[kind]([200, 100, 40], 27, 10)
+    linears = [layer for layer in getattr(encoder, "hidden_layers", ()) if isinstance(layer, nn.Linear)]
+    assert [tuple(layer.weight.shape) for layer in linears] == (
+        [] if kind == "linear" else [(200, 27), (100, 200), (40, 100)]
+    )
+    for layer in linears:
+        bound = 1 / math.sqrt(layer.out_features)
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+        assert torch.equal(layer.bias, torch.full_like(layer.bias, 0.1))
+    for parameter in encoder.last_fc.parameters():
+        assert 1e-3 < parameter.abs().max() <= 3e-3
+    assert (encoder.hidden_sizes, encoder.input_size, encoder.output_size) == ([200, 100, 40], 27, 10)
+
+
+def test_sizes_of_the_baselines():
+    recurrent, attention = (CONTEXT_ENCODERS[kind]([200] * 3, 5, 10) for kind in ("recurrent", "attention"))
+    assert (recurrent.lstm.input_size, recurrent.lstm.hidden_size, recurrent.lstm.num_layers) == (200, 200, 1)
+    assert (attention.attention.embed_dim, attention.attention.num_heads) == (200, 4)
+    assert attention.norm.normalized_shape == (200,)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_untrained_encoders_say_nothing(kind, training):
+    encoder = CONTEXT_ENCODERS[kind]([200] * 3, 5, 10).train(training)
+    mean, spread = encoder(torch.randn(16, 30, 5)).chunk(2, -1)
+    assert mean.abs().max() < 0.1
+    assert (F.softplus(spread) - math.log(2)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_shapes(kind):
+    encoder = make(kind)
+    expected = (4, 7, OUTPUT) if kind in PER_TRANSITION else (4, OUTPUT)
+    rows = torch.randn(4, 7, INPUT)
+    output = encoder(rows)
+    assert output.shape == expected
+    encoder.reset(4)
+    for each in encoder(rows, return_preactivations=True):
+        torch.testing.assert_close(each, output)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_context_without_tasks_is_one_task(kind):
+    encoder, rows = make(kind), torch.randn(3, 7, INPUT)
+    together = encoder(rows)
+    for row, expected in zip(rows, together, strict=True):
+        encoder.reset()
+        torch.testing.assert_close(encoder(row), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tasks_do_not_see_each_other(kind):
+    encoder, rows = make(kind), torch.randn(3, 7, INPUT)
+    before = encoder(rows)
+    rows[1] += 1
+    encoder.reset(3)
+    after = encoder(rows)
+    torch.testing.assert_close(after[[0, 2]], before[[0, 2]])
+    assert (after[1] - before[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "attention", "transformer"])
+def test_order_does_not_matter(kind):
+    encoder, rows = make(kind), torch.randn(3, 7, INPUT)
+    order = torch.randperm(7)
+    output, shuffled = encoder(rows), encoder(rows[:, order])
+    torch.testing.assert_close(shuffled, output[:, order] if kind in PER_TRANSITION else output)
+
+
+def test_attention_is_added_to_what_reads():
+    encoder, rows = make("attention"), torch.randn(3, 7, INPUT)
+    embed = encoder.hidden_layers(rows)
+    attended, _ = encoder.attention(embed, embed, embed)
+    expected = F.layer_norm(embed + attended, (HIDDEN[-1],), encoder.norm.weight, encoder.norm.bias)
+    torch.testing.assert_close(encoder(rows), encoder.last_fc(expected))
+
+
+def test_attention_and_transformer_read_all_transitions():
+    for kind in ("attention", "transformer"):
+        encoder, rows = make(kind), torch.randn(1, 7, INPUT, requires_grad=True)
+        encoder(rows)[:, 0].sum().backward()
+        assert (rows.grad.abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_parameters_learn(kind):
+    encoder = make(kind).train()
+    encoder(torch.randn(4, 7, INPUT)).square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert (parameter.grad != 0).any(), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_copied_and_saved_after_a_call(kind):
+    encoder, rows = make(kind), torch.randn(4, 7, INPUT)
+    shapes = {name: value.shape for name, value in encoder.state_dict().items()}
+    encoder(rows).sum().backward()
+    twin = copy.deepcopy(encoder)
+    assert {name: value.shape for name, value in encoder.state_dict().items()} == shapes
+    torch.testing.assert_close(twin(rows), encoder(rows))  # State and all.
+    fresh = make(kind)
+    fresh.load_state_dict(encoder.state_dict())
+    encoder.reset(4)
+    torch.testing.assert_close(fresh(rows), encoder(rows))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_in_a_row_can_be_trained(kind):
+    encoder = make(kind)
+    for _ in range(2):  # A graph that is kept would fail in the second backward pass.
+        encoder(torch.randn(4, 7, INPUT)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (([0], 5, 6), "hidden_sizes must be at least 1, got 0"),
+        (([8], 0, 6), "input_size must be at least 1, got 0"),
+        (([8], 5, -1), "output_size must be at least 1, got -1"),
+    ],
+)
+def test_sizes_are_checked(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        CONTEXT_ENCODERS["mlp"](*sizes)
+
+
+@pytest.mark.parametrize("kwargs", [{"width": 30}, {"num_heads": 3}])
+def test_heads_divide_the_width(kwargs):
+    with pytest.raises(ValueError, match="width must be a multiple of num_heads"):
+        TransformerContextEncoder(HIDDEN, INPUT, OUTPUT, **kwargs)
+    with pytest.raises(ValueError, match="width must be a multiple of num_heads, got 6 and 4"):
+        CONTEXT_ENCODERS["attention"]([8, 6], INPUT, OUTPUT)
+
+
+@pytest.mark.parametrize("name", ["width", "num_layers", "num_heads", "num_queries"])
+def test_options_of_the_transformer_are_checked(name):
+    with pytest.raises(ValueError, match=f"TransformerContextEncoder: {name} must be at least 1, got 0"):
+        TransformerContextEncoder(HIDDEN, INPUT, OUTPUT, **{name: 0})
+
+
+# --- recurrent
+
+
+def test_recurrent_is_an_lstm_from_the_hidden_state_and_no_cell_state():
+    encoder, rows = make("recurrent"), torch.randn(3, 7, INPUT)
+    hidden = torch.zeros(1, 3, HIDDEN[-1])
+    for part in (rows[:, :4], rows[:, 4:]):
+        out, (hidden, _) = encoder.lstm(encoder.hidden_layers(part), (hidden, torch.zeros_like(hidden)))
+        torch.testing.assert_close(encoder(part), encoder.last_fc(out[:, -1]))
+        torch.testing.assert_close(encoder.hidden, hidden)
+
+
+def test_recurrent_reads_in_order():
+    encoder, rows = make("recurrent"), torch.randn(3, 7, INPUT)
+    forwards = encoder(rows)
+    encoder.reset(3)
+    assert (encoder(rows.flip(1)) - forwards).abs().max() > 1e-3
+
+
+def test_recurrent_remembers_until_the_reset():
+    encoder, rows = make("recurrent"), torch.randn(3, 7, INPUT)
+    first = encoder(rows)
+    assert (encoder(rows) - first).abs().max() > 1e-3
+    encoder.reset(3)
+    assert torch.equal(encoder(rows), first)
+    assert not encoder.hidden.requires_grad
+
+
+def test_recurrent_refuses_other_tasks_between_resets():
+    encoder = make("recurrent")
+    encoder(torch.randn(3, 7, INPUT))
+    with pytest.raises(RuntimeError, match=r"number of tasks must not change between resets, got 2 after 3"):
+        encoder(torch.randn(2, 7, INPUT))
+    encoder.reset(2)
+    assert encoder(torch.randn(2, 7, INPUT)).shape == (2, OUTPUT)
+
+
+def test_only_recurrent_ones_ask_for_trajectories():
+    assert [kind for kind in KINDS if CONTEXT_ENCODERS[kind].IS_RECURRENT] == ["recurrent"]
+
+
+# --- transformer
+
+
+def seen(num, calls=200):
+    """Counts the transitions that each call in training mode reads, by what has a gradient; ``[calls, 4]``."""
+    encoder, counts = make("transformer", num_layers=1).train(), []
+    for _ in range(calls):
+        rows = torch.randn(4, num, INPUT, requires_grad=True)
+        encoder(rows).sum().backward()
+        read = rows.grad.abs().amax(-1) > 0
+        count = read.sum(-1)
+        assert torch.equal(read, torch.arange(num) < count.unsqueeze(-1))  # The first ones.
+        counts.append(count)
+    return torch.stack(counts)
+
+
+def test_transformer_trains_on_every_number_of_transitions():
+    counts = seen(15)
+    assert set(counts.flatten().tolist()) == set(range(1, 16))
+    assert (counts[:, 0] != counts[:, 1]).any()  # Of each task by itself.
+    share = torch.tensor([((counts >= 2**k) & (counts < 2 ** (k + 1))).float().mean() for k in range(4)])
+    assert share.sum() == pytest.approx(1.0)
+    torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.06, rtol=0)  # Uniform in the logarithm.
+
+
+def test_transformer_reads_a_single_transition_in_training():
+    assert (seen(1, calls=5) == 1).all()
+
+
+def test_transformer_trained_on_a_part_is_the_one_that_reads_the_part():
+    encoder, rows = make("transformer"), torch.randn(1, 7, INPUT)
+    parts = torch.cat([encoder(rows[:, :num]) for num in range(1, 8)])
+    encoder.train()
+    for _ in range(20):
+        assert (encoder(rows) - parts).abs().amax(-1).min() < 1e-5
+
+
+def test_transformer_counts():
+    """Twice the same transitions are not the same belief, though attention averages alike over both."""
+    encoder, rows = make("transformer"), torch.randn(1, 7, INPUT)
+    assert (encoder(rows.repeat(1, 2, 1)) - encoder(rows)).abs().max() > 1e-3

@@ -1,0 +1,291 @@
+"""PEARL's loss against a plain loop over networks, its gradients, and what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from plain_pearl import (
+    KL_WEIGHT,
+    LEARNING_RATE,
+    REWARD_SCALE,
+    TAU,
+    PlainPEARL,
+    make_batch,
+    make_loss,
+)
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch.distributions import Normal
+from torchrl.objectives import SoftUpdate
+
+from torchrl_mouse.modules import ContextPosterior, latent_actor, latent_qvalue, latent_value, make_context_encoder
+from torchrl_mouse.objectives import PEARLLoss
+
+LOSSES = ("loss_kl", "loss_qvalue", "loss_value", "loss_actor")
+PARTS = {
+    "loss_kl": {"posterior"},
+    "loss_qvalue": {"posterior", "qvalue"},
+    "loss_value": {"value"},
+    "loss_actor": {"actor"},
+}
+
+
+def small_loss(**options):
+    loss = make_loss(width=24)
+    for name, value in options.items():
+        setattr(loss, name, value)
+    return loss
+
+
+def small_batch(**options):
+    return make_batch(**{"tasks": 3, "rows": 8, "context": 6, **options})
+
+
+def learned_by(loss, value):
+    """Returns which networks get a gradient of a loss that is not zero."""
+    loss.zero_grad()
+    value.backward(retain_graph=True)
+    return {
+        name.split("_network")[0].split(".")[0]
+        for name, parameter in loss.named_parameters()
+        if parameter.grad is not None and parameter.grad.abs().sum() > 0
+    }
+
+
+@pytest.mark.parametrize(("observation_dim", "action_dim", "context"), [(2, 2, 64), (20, 6, 100)])
+def test_three_steps_equal_those_of_the_plain_loop(observation_dim, action_dim, context):
+    loss = make_loss(observation_dim, action_dim, width=64)
+    batch = make_batch(observation_dim, action_dim, rows=32, context=context)
+    reference = PlainPEARL(loss)
+    optimizer, updater = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE), SoftUpdate(loss, tau=TAU)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ours = loss.critic_loss(batch)
+        optimizer.zero_grad()
+        (ours["loss_kl"] + ours["loss_qvalue"]).backward()
+        optimizer.step()
+        ours.update(loss.actor_loss(batch))
+        optimizer.zero_grad()
+        (ours["loss_value"] + ours["loss_actor"]).backward()
+        optimizer.step()
+        updater.step()
+        torch.manual_seed(seed)
+        for name, value in reference.step(batch).items():
+            torch.testing.assert_close(
+                ours[name].detach(), value.detach(), rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    with loss.target_value_network_params.to_module(loss.value_network):
+        for slow, expected in zip(loss.value_network.parameters(), reference.target.parameters(), strict=True):
+            torch.testing.assert_close(slow.data, expected.data, rtol=1e-5, atol=1e-7)
+
+
+def test_kl_of_the_untrained_encoder_is_the_published_codes():
+    # The variance of a product of N factors of softplus(0) is 0.693 / N.
+    loss, batch = make_loss(), make_batch(context=64)
+    losses = loss.critic_loss(batch).detach()
+    assert float(losses["kl"]) * 16 == pytest.approx(141.4, abs=0.3)
+    assert float(losses["loss_kl"]) == pytest.approx(0.1 * 141.4, abs=0.03)
+
+
+def test_each_loss_trains_its_own_networks_alone():
+    loss, batch = small_loss(), small_batch()
+    losses = loss(batch)
+    for name in LOSSES:
+        assert learned_by(loss, losses[name]) == PARTS[name], name
+
+
+def test_one_pass_over_all_has_the_gradients_of_the_two():
+    loss, batch = small_loss(), small_batch()
+
+    def gradients():
+        return {name: p.grad.clone() for name, p in loss.named_parameters() if p.grad is not None}
+
+    torch.manual_seed(0)
+    losses = loss(batch)
+    loss.zero_grad()
+    sum(losses[name] for name in LOSSES).backward()
+    together = gradients()
+    torch.manual_seed(0)
+    loss.zero_grad()
+    (lambda a: (a["loss_kl"] + a["loss_qvalue"]).backward())(loss.critic_loss(batch))
+    (lambda a: (a["loss_value"] + a["loss_actor"]).backward())(loss.actor_loss(batch))
+    for name, gradient in gradients().items():
+        torch.testing.assert_close(gradient, together[name])
+
+
+def test_forward_leaves_its_input_alone():
+    batch = small_batch()
+    before = batch.clone()
+    small_loss()(batch)
+    assert set(batch.keys(True, True)) == set(before.keys(True, True))
+    assert (batch == before).all()
+
+
+def test_target_by_hand():
+    """With a critic of zeros the error is the target, whose latent value is a constant."""
+    loss, batch = small_loss(), small_batch()
+    loss.qvalue_network_params.data.zero_()
+    loss.target_value_network_params.data.zero_()
+    bias = [key for key in loss.target_value_network_params.keys(True, True) if "bias" in key][-1]
+    loss.target_value_network_params.data.get(bias).fill_(7.0)
+    reward, end = batch["next", "reward"], batch["next", "terminated"]
+    target = REWARD_SCALE * reward + 0.99 * (~end) * 7.0
+    expected = 2 * target.square().mean()  # both critics
+    torch.testing.assert_close(loss.critic_loss(batch)["loss_qvalue"].detach(), expected)
+
+
+def test_actors_density_is_the_squashed_gaussians():
+    loss, batch = small_loss(), small_batch()
+    loss.critic_loss(batch)
+    torch.manual_seed(3)
+    entropy = loss.actor_loss(batch)["entropy"]
+    frames = TensorDict({"observation": batch["observation"]}, [3, 8])
+    frames["latent"] = batch["latent"].unsqueeze(1).expand(3, 8, 5)
+    with loss.actor_network_params.to_module(loss.actor_network):
+        distribution = loss.actor_network.get_dist(frames.flatten())
+    torch.manual_seed(3)
+    before = distribution.loc + distribution.scale * torch.randn(24, 2)
+    torch.testing.assert_close(entropy, -distribution.log_prob(before.tanh()).mean().detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_saturated_actions_keep_finite_losses_and_gradients():
+    loss, batch = small_loss(), small_batch()
+    with torch.no_grad():
+        for key, value in loss.actor_network_params.items(True, True):
+            if "bias" in key:
+                value.fill_(30.0)
+    losses = loss(batch)
+    sum(losses[name] for name in LOSSES).backward()
+    assert all(losses[name].isfinite() for name in LOSSES)
+    assert all(p.grad.isfinite().all() for p in loss.parameters() if p.grad is not None)
+
+
+def test_only_the_value_has_a_target():
+    loss = small_loss()
+    delayed = {name.split("_network")[0] for name, _ in loss.named_buffers() if name.startswith("target_")}
+    assert delayed == {"target_value"}
+    updater, before = SoftUpdate(loss, tau=0.25), loss.target_value_network_params.clone()
+    for value in loss.value_network_params.data.values(True, True):
+        value.add_(1.0)
+    updater.step()
+    for key, value in loss.target_value_network_params.items(True, True):
+        torch.testing.assert_close(value, before[key] + 0.25)
+
+
+def test_order_of_the_context_does_not_matter():
+    loss, batch = small_loss(), small_batch()
+    shuffled = batch.clone()
+    shuffled["context"] = shuffled["context"][:, torch.randperm(6)]
+    results = []
+    for one in (batch, shuffled):
+        torch.manual_seed(0)
+        results.append(loss.critic_loss(one)["loss_qvalue"].detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("encoder", ["linear", "mlp", "recurrent", "attention", "transformer"])
+def test_every_encoder_learns_from_the_critic(encoder):
+    loss, batch = make_loss(width=16, encoder=encoder), small_batch()
+    for _ in range(2):  # the second call finds what a recurrent one has kept
+        losses = loss(batch)
+    assert learned_by(loss, losses["loss_qvalue"]) == {"posterior", "qvalue"}
+
+
+def test_nothing_seen_is_the_prior():
+    loss, batch = small_loss(), small_batch(context=0)
+    losses = loss(batch)
+    assert float(losses["loss_kl"]) == 0.0
+    torch.manual_seed(0)
+    loss.critic_loss(batch)
+    torch.manual_seed(0)
+    torch.testing.assert_close(batch["latent"], torch.randn(3, 5))
+
+
+def test_weights_round_trip(tmp_path):
+    loss, batch = small_loss(), small_batch()
+    torch.save(loss.state_dict(), tmp_path / "weights.pt")
+    other = make_loss(width=24, seed=9)
+    other.load_state_dict(torch.load(tmp_path / "weights.pt"))
+    results = []
+    for one in (loss, other, copy.deepcopy(loss)):
+        torch.manual_seed(0)
+        results.append(one(batch))
+    for name in LOSSES:
+        assert float(results[0][name].detach()) == float(results[1][name].detach()) == float(results[2][name].detach())
+
+
+def test_other_entries_can_be_named():
+    loss, batch = small_loss(), small_batch()
+    torch.manual_seed(0)
+    expected = loss(batch)["loss_qvalue"].detach()
+    renamed = batch.clone()
+    renamed.rename_key_("action", ("taken", "action"))
+    renamed.rename_key_(("next", "reward"), ("next", "scores", "dense"))
+    loss.set_keys(action=("taken", "action"), reward=("scores", "dense"))
+    # Networks name their own entries: here that of the action.
+    assert ("taken", "action") in loss.in_keys
+    assert ("next", "scores", "dense") in loss.in_keys
+    with pytest.raises(KeyError, match="action"):
+        loss(renamed)
+    loss.set_keys(action="action")
+    renamed.rename_key_(("taken", "action"), "action")
+    torch.manual_seed(0)
+    torch.testing.assert_close(loss(renamed)["loss_qvalue"].detach(), expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_no_number(value):
+    batch = small_batch()
+    batch["next", "reward"][2, 5] = value
+    with pytest.raises(ValueError, match=r"\('next', 'reward'\).* must be finite, got (nan|inf) at task 2, row 5"):
+        small_loss()(batch)
+
+
+@pytest.mark.parametrize("missing", ["observation", "action", ("next", "terminated"), ("context", "reward")])
+def test_missing_entries(missing):
+    with pytest.raises(KeyError, match=str(missing[-1] if isinstance(missing, tuple) else missing)):
+        small_loss()(small_batch().exclude(missing))
+
+
+def test_actor_loss_needs_the_critics_latents():
+    with pytest.raises(KeyError, match="latent"):
+        small_loss().actor_loss(small_batch())
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"gamma": 1.5}, r"gamma must lie in \[0, 1\], got 1.5"),
+        ({"reward_scale": 0.0}, "reward_scale must be positive and finite, got 0.0"),
+        ({"kl_weight": -1.0}, "kl_weight must be finite and not negative, got -1.0"),
+        ({"regularization": math.nan}, "regularization must be finite and not negative, got nan"),
+    ],
+)
+def test_options_out_of_range(options, match):
+    encoder = make_context_encoder("linear", hidden_sizes=[], input_size=5, output_size=6)
+    critics = [latent_qvalue(2, 2, 3, hidden_sizes=[4]) for _ in range(2)]
+    with pytest.raises(ValueError, match=match):
+        PEARLLoss(ContextPosterior(encoder), latent_actor(2, 2, 3), critics, latent_value(2, 3), **options)
+
+
+def test_one_critic_is_too_few():
+    encoder = make_context_encoder("linear", hidden_sizes=[], input_size=5, output_size=6)
+    with pytest.raises(ValueError, match="qvalue_networks must be at least two, got 1"):
+        PEARLLoss(ContextPosterior(encoder), latent_actor(2, 2, 3), [latent_qvalue(2, 2, 3)], latent_value(2, 3))
+
+
+def test_any_module_can_infer_the_belief():
+    """The loss needs no reset, and no context of a certain form."""
+
+    def belief(hint):
+        return hint, torch.full_like(hint, 0.5)
+
+    posterior = TensorDictModule(belief, ["hint"], ["posterior_loc", "posterior_scale"])
+    critics = [latent_qvalue(2, 2, 3, hidden_sizes=[4]) for _ in range(2)]
+    loss = PEARLLoss(posterior, latent_actor(2, 2, 3), critics, latent_value(2, 3), kl_weight=KL_WEIGHT)
+    SoftUpdate(loss, tau=TAU)
+    hint = torch.tensor([[1.0, 0.0, 0.0]] * 3)
+    batch = small_batch().exclude("context").set("hint", hint)
+    closed = torch.distributions.kl_divergence(Normal(hint, 0.5), Normal(0.0, 1.0)).sum()
+    torch.testing.assert_close(loss(batch)["loss_kl"], KL_WEIGHT * closed)
