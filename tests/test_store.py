@@ -130,6 +130,13 @@ class TestGet:
         assert_equal(chosen, whole.select(*expected))
         assert_equal(store.select(None)[:], whole)
 
+    @pytest.mark.parametrize("index", [4, torch.tensor(13), [5], torch.arange(14).reshape(2, 7).T])
+    def test_each_entry_alone(self, index):
+        store = loaded([5, 1, 8])
+        whole = store[index]
+        for key in whole.keys(True, True):
+            assert_equal(store.select([key])[index], whole.select(key, ("collector", "mask")))
+
     def test_selected_columns_alone_are_read(self, monkeypatch):
         store = loaded([5]).select(["observation"])
         asked = []

@@ -48,6 +48,35 @@ def check_type(name: str, kind: pa.DataType, where: str) -> None:
         raise TypeError(f"{where}: column {name!r} must hold {noun}, got {kind}. {remedy}")
 
 
+class Places:
+    """Rows of a table and the chunk of each, from which follows where they begin in memory.
+
+    Args:
+        rows: int64 ``[n]``.
+        chunk: int64 ``[n]``.
+
+    Examples:
+        >>> Places(np.array([0, 3]), np.array([0, 1])).firsts(np.array([0, 100]), 2).tolist()
+        [0, 106]
+    """
+
+    def __init__(self, rows: np.ndarray, chunk: np.ndarray) -> None:
+        self.rows, self._chunk = rows, chunk
+        self._firsts: dict[tuple[int, int], torch.Tensor] = {}
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the rows and the chunk of each."""
+        return torch.from_numpy(self.rows), torch.from_numpy(self._chunk)
+
+    def firsts(self, bases: np.ndarray, width: int) -> torch.Tensor:
+        """Returns ``bases[chunk] + rows * width``, int64 ``[n]``, worked out once for columns that share ``bases``."""
+        key = id(bases), width
+        if key not in self._firsts:
+            offsets = self.rows if width == 1 else self.rows * width
+            self._firsts[key] = torch.from_numpy(bases.take(self._chunk) + offsets)
+        return self._firsts[key]
+
+
 class ArrowColumn:
     """One column over all its chunks, as a single view of memory and the place of each chunk in it.
 
@@ -62,12 +91,12 @@ class ArrowColumn:
 
     Examples:
         >>> column = ArrowColumn("observation", [pa.array([[1.0, 2.0], [3.0]])], torch.tensor([0]))
-        >>> column.read(torch.tensor([1, 0]), torch.tensor([0, 0])).tolist()
+        >>> column.read(Places(np.array([1, 0]), np.array([0, 0]))).tolist()
         [[3.0, 0.0], [1.0, 2.0]]
     """
 
     def __init__(
-        self, name: str, arrays: list[pa.Array], starts: torch.Tensor, order: torch.Tensor | None = None
+        self, name: str, arrays: list[pa.Array], starts: torch.Tensor, order: np.ndarray | None = None
     ) -> None:
         self._is_list, self._firsts, self._padding = is_list(arrays[0].type), None, PADDING.get(name, 0)
         values, widths = arrays, {1}
@@ -92,17 +121,21 @@ class ArrowColumn:
             self._firsts, self._lengths = torch.from_numpy(firsts), torch.from_numpy(lengths)
             if order is not None:
                 self.width = int(self._lengths[order].max())
-        self._bases = bases - starts * self.width  # row r of chunk c begins at element bases[c] + r * width
+        # Row r of chunk c begins at element bases[c] + r * width.
+        self.bases = (bases - starts * self.width).numpy()
+        if self._is_list and self._firsts is None and self.width and not self._bits:
+            # Rows of equal length are overlapping windows of memory, one of which starts at each element.
+            self._view = self._view.as_strided((self._view.numel() - self.width + 1, self.width), (1, 1))
 
     @property
     def holds_bytes(self) -> bool:
         """Whether its values are bytes: any of them is a pixel."""
         return not self._bits and self._view.dtype == torch.uint8
 
-    def read(self, rows: torch.Tensor, chunk: torch.Tensor) -> torch.Tensor:
-        """Copies rows ``[n]``, which lie in chunks ``[n]``: ``[n]``, or ``[n, width]`` of lists."""
+    def read(self, places: Places) -> torch.Tensor:
+        """Copies the rows at places ``[n]``: ``[n]``, or ``[n, width]`` of lists."""
         if self._firsts is not None:
-            column = torch.arange(self.width)
+            rows, column = places.tensors()[0], torch.arange(self.width)
             inside = column < self._lengths[rows].unsqueeze(-1)
             # Element 0 of the view always exists; what lies behind a chunk's last row may not.
             index = torch.where(inside, self._firsts[rows].unsqueeze(-1) + column, 0)
@@ -111,15 +144,11 @@ class ArrowColumn:
                 value = value.long()
             return torch.where(inside, value, self._padding)
         if not self.width:
-            return torch.empty(len(rows), 0)
-        firsts = torch.add(self._bases.index_select(0, chunk), rows, alpha=self.width)
-        if not self._is_list:
-            return self._gather(self._view, firsts)
-        if self._bits:
-            return self._gather(self._view, firsts.unsqueeze(-1) + torch.arange(self.width))
-        # Rows of equal length are overlapping windows of the view, one of which starts at each element.
-        windows = self._view.as_strided((self._view.numel() - self.width + 1, self.width), (1, 1))
-        return self._gather(windows, firsts)
+            return torch.empty(len(places.rows), 0)
+        firsts = places.firsts(self.bases, self.width)
+        if self._is_list and self._bits:
+            firsts = firsts.unsqueeze(-1) + torch.arange(self.width)
+        return self._gather(self._view, firsts)
 
     def _gather(self, view: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         if self._bits:

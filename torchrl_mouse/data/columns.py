@@ -86,7 +86,9 @@ class Columns:
                 raise KeyError(f"DatasetStore: column {name!r} must be in all rows, got rows without it. Add it there.")
             return torch.full((*shape, self.widths[name]), PADDING[name])
         if name not in PADDING:
-            return value.to(DTYPES[name]).reshape(shape)
+            dtype = DTYPES[name]
+            # Even where nothing changes, `to` takes a microsecond.
+            return (value if value.dtype == dtype else value.to(dtype)).reshape(shape)
         value = to_pixels(value) if name == IMAGE else value.to(DTYPES[name])
         return fit(
             value.reshape(*shape, -1) if shape.numel() else value.reshape(*shape, 0), self.widths[name], PADDING[name]

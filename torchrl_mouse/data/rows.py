@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from torchrl_mouse.data.arrow import ArrowColumn, check_type, is_list, null_rows, ragged_rows, row_bounds
+from torchrl_mouse.data.arrow import ArrowColumn, Places, check_type, is_list, null_rows, ragged_rows, row_bounds
 from torchrl_mouse.data.columns import PADDING, REQUIRED_COLUMNS, UNCHECKED, UNLIMITED, Columns, Records, fit
 from torchrl_mouse.data.images import (
     IMAGE,
@@ -22,7 +22,7 @@ from torchrl_mouse.data.images import (
     is_encoded,
     null_images,
 )
-from torchrl_mouse.data.steps import OWN, Part
+from torchrl_mouse.data.steps import BOTH, OWN, Part
 
 CHUNK = 65_536
 """Rows handled at a time where all are looked at,"""
@@ -107,10 +107,11 @@ class ArrowRows:
             "rows": len(dataset),
             "files": [(str(file), file.stat().st_size) for file in files if file.exists()],
         }
-        self._chunk_ends, starts = sizes.cumsum(0), sizes.cumsum(0) - sizes
+        self._chunk_ends, starts = sizes.cumsum(0).numpy(), sizes.cumsum(0) - sizes
         # As `datasets` writes them. (The last chunk may be shorter.)
         self._chunk_size = int(sizes[0]) if (sizes[1:-1] == sizes[0]).all() and sizes[-1] <= sizes[0] else None
         self._columns: dict[str, ArrowColumn | EncodedImages] = {}
+        alike: dict[bytes, np.ndarray] = {}
         for name in columns:
             arrays = [getattr(array, "storage", array) for array in table[name].chunks]  # Array2D is lists in disguise
             if name == IMAGE and is_encoded(arrays[0].type):
@@ -119,7 +120,9 @@ class ArrowRows:
             else:
                 check_type(name, arrays[0].type, where)
                 self._check_rows(name, arrays)
-                self._columns[name] = ArrowColumn(name, arrays, starts, self._order)
+                self._columns[name] = column = ArrowColumn(name, arrays, starts, self._order)
+                # Columns of one type mostly lie alike in every chunk, and then share the arithmetic of a read.
+                column.bases = alike.setdefault(column.bases.tobytes(), column.bases)
 
     def __len__(self) -> int:
         return len(self._arguments[0])
@@ -139,7 +142,7 @@ class ArrowRows:
     def _refuse(self, name: str, bad: Iterable[np.ndarray], rule: str, remedy: str) -> None:
         """Raises at rows, marked chunk by chunk, that break a rule, if the data set has them."""
         marks = np.concatenate(list(bad))
-        rows = np.flatnonzero(marks if self._order is None else marks[self._order.numpy()])
+        rows = np.flatnonzero(marks if self._order is None else marks[self._order])
         if len(rows):
             got = f"{len(rows)} bad rows, the first is row {rows[0]}"
             raise ValueError(f"{self._where}: column {name!r} must {rule}, got {got}. {remedy}")
@@ -151,23 +154,26 @@ class ArrowRows:
 
     def read(self, rows: torch.Tensor, parts: Mapping[str, Part]) -> Records:
         """Copies ``rows[part]`` of some columns, flat, in the columns' own types."""
-        rows, chunk = self._places(rows)
-        places = {part: (rows[part].reshape(-1), chunk[part].reshape(-1)) for part in set(parts.values())}
+        both, chunk = self._places(rows)
+        places = {part: Places(both[part].reshape(-1), chunk[part].reshape(-1)) for part in set(parts.values())}
         try:
-            return {name: self._columns[name].read(*places[part]) for name, part in parts.items()}
+            return {name: self._read(name, places[part]) for name, part in parts.items()}
         except UnreadableImageError as error:
             raise self._unreadable(error, "DatasetStore.get") from error
 
-    def _places(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _read(self, name: str, places: Places) -> torch.Tensor:
+        column = self._columns[name]
+        return column.read(places) if isinstance(column, ArrowColumn) else column.read(*places.tensors())
+
+    def _places(self, rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Returns the table's rows that are meant, and the chunk of each."""
-        if self._order is not None:
-            rows = self._order[rows]
+        meant = rows.numpy() if self._order is None else self._order[rows.numpy()]
         if self._chunk_size is not None:
-            return rows, rows.div(self._chunk_size, rounding_mode="floor")
-        return rows, torch.searchsorted(self._chunk_ends, rows, right=True)
+            return meant, meant // self._chunk_size
+        return meant, self._chunk_ends.searchsorted(meant, "right")
 
     def _unreadable(self, error: UnreadableImageError, where: str) -> ValueError:
-        row = error.row if self._order is None else int((self._order == error.row).nonzero()[0])
+        row = error.row if self._order is None else int(np.flatnonzero(self._order == error.row)[0])
         return ValueError(
             f"{where}: column {IMAGE!r} must hold readable images, got {error} in row {row} of "
             f"{self.name}. Replace it, or drop the row."
@@ -185,7 +191,7 @@ class ArrowRows:
         if isinstance(column, EncodedImages):
             for rows in pieces(len(self)):
                 try:
-                    sizes = column.sizes(*self._places(rows))
+                    sizes = column.sizes(*Places(*self._places(rows)).tensors())
                 except UnreadableImageError as error:
                     raise self._unreadable(error, self._where) from error
                 largest = int(sizes.argmax())
@@ -194,7 +200,7 @@ class ArrowRows:
         columns.check_width(IMAGE, column.width, self._where)
         if not column.holds_bytes:
             for rows in pieces(len(self), column.width):
-                check_pixels(column.read(*self._places(rows)), self._where, int(rows[0]))
+                check_pixels(column.read(Places(*self._places(rows))), self._where, int(rows[0]))
 
     def state(self) -> dict[str, Any]:
         """What tells this data set from another, or from itself after a change on disk.
@@ -209,7 +215,8 @@ def read_columns(
 ) -> Records:
     """Copies ``rows[part]`` of some columns in the store's dtypes and widths."""
     records = block.read(rows, {name: part for name, part in parts.items() if name in block.names})
-    return {name: columns.convert(name, records.get(name), rows[part].shape) for name, part in parts.items()}
+    shapes = {part: rows.shape if part is BOTH else rows.shape[1:] for part in parts.values()}
+    return {name: columns.convert(name, records.get(name), shapes[part]) for name, part in parts.items()}
 
 
 def pieces(length: int, width: int = 1) -> Iterator[torch.Tensor]:
@@ -261,13 +268,13 @@ def load_rows(
     return block, torch.cat(starts) if starts else torch.zeros(1, dtype=torch.int64)
 
 
-def _order(dataset: datasets.Dataset) -> torch.Tensor | None:
+def _order(dataset: datasets.Dataset) -> np.ndarray | None:
     """Returns the rows of a data set's table that are meant, int64; ``None``: all, in order.
 
     After shuffle, select or filter, the table keeps the old rows and ``_indices`` says which of them are meant.
     """
     indices = dataset._indices
-    return None if indices is None else torch.from_numpy(indices.column(0).to_numpy().astype(np.int64))
+    return None if indices is None else indices.column(0).to_numpy().astype(np.int64)
 
 
 def _has_values(dataset: datasets.Dataset, name: str) -> bool:
@@ -275,7 +282,7 @@ def _has_values(dataset: datasets.Dataset, name: str) -> bool:
     column, order = dataset.data.column(name), _order(dataset)
     if order is None or not column.null_count:
         return bool(column.null_count < len(column))
-    return bool(column.is_valid().to_numpy()[order.numpy()].any())
+    return bool(column.is_valid().to_numpy()[order].any())
 
 
 def to_arrow(records: Records, features: datasets.Features) -> pa.RecordBatch:

@@ -130,21 +130,24 @@ class DatasetStore(Storage):
             (torch.Size([2, 2]), [1])
         """
         rows = as_rows(index, self._require_rows("read"))
-        task = torch.searchsorted(self._task_bounds[:-1], rows, right=True).reshape(-1)
-        # `index_select` is many times faster than indexing.
-        first = self._task_bounds.index_select(0, task - 1).reshape(rows.shape)
-        last = self._task_bounds.index_select(0, task).reshape(rows.shape) - 1
-        following = torch.minimum(rows + 1, last)
-        records = self._read_pairs(torch.stack([rows, following]), self._selection.parts)
-        return self._selection.steps(records, begins=rows == first, ends=rows == last, next_ends=following == last)
+        # NumPy takes less time than torch for arithmetic on some thousand integers.
+        own, bounds = rows.numpy(), self._task_bounds.numpy()
+        task = bounds[:-1].searchsorted(own, "right")
+        last = bounds.take(task) - 1
+        pair = np.empty((2, *own.shape), np.int64)
+        pair[0], pair[1] = own, np.minimum(own + 1, last)
+        records = self._read_pairs(torch.from_numpy(pair), self._selection.parts)
+        begins = torch.as_tensor(own == bounds.take(task - 1))
+        ends, next_ends = torch.from_numpy(pair == last).unbind()
+        return self._selection.steps(records, begins=begins, ends=ends, next_ends=next_ends)
 
     def _require_rows(self, what: str) -> int:
-        if not len(self):
+        if not (length := len(self)):
             raise RuntimeError(
                 f"DatasetStore: a store with no rows cannot be {what}, got 0 rows and "
                 f"{len(self._unfinished.open)} unfinished tasks. Fill it with from_dataset, append or extend."
             )
-        return len(self)
+        return length
 
     def _read(self, rows: torch.Tensor, names: Iterable[str]) -> Records:
         """Reads columns in the store's dtypes and widths: ``[n]``, or ``[n, width]`` for those that hold lists."""
