@@ -5,10 +5,18 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from torchrl_mouse.modules import CONTEXT_ENCODERS, PyTorchModule, TransformerContextEncoder, fanin_init
+from torchrl_mouse.modules import (
+    CONTEXT_ENCODERS,
+    BayesianContextEncoder,
+    PyTorchModule,
+    TransformerContextEncoder,
+    fanin_init,
+)
 
 HIDDEN, INPUT, OUTPUT = [24, 24, 20], 5, 6
 KINDS = list(CONTEXT_ENCODERS)
@@ -85,7 +93,7 @@ def test_initialisation(kind):
         bound = 1 / math.sqrt(layer.out_features)
         assert 0.98 * bound < layer.weight.abs().max() <= bound
         assert torch.equal(layer.bias, torch.full_like(layer.bias, 0.1))
-    for parameter in encoder.last_fc.parameters():
+    for parameter in encoder.last_fc.parameters() if kind != "bayesian" else ():
         assert 1e-3 < parameter.abs().max() <= 3e-3
     assert (encoder.hidden_sizes, encoder.input_size, encoder.output_size) == ([200, 100, 40], 27, 10)
 
@@ -98,7 +106,7 @@ def test_sizes_of_the_baselines():
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "bayesian"])
 def test_untrained_encoders_say_nothing(kind, training):
     encoder = CONTEXT_ENCODERS[kind]([200] * 3, 5, 10).train(training)
     mean, spread = encoder(torch.randn(16, 30, 5)).chunk(2, -1)
@@ -138,7 +146,7 @@ def test_tasks_do_not_see_each_other(kind):
     assert (after[1] - before[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "attention", "transformer"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "attention", "transformer", "bayesian"])
 def test_order_does_not_matter(kind):
     encoder, rows = make(kind), torch.randn(3, 7, INPUT)
     order = torch.randperm(7)
@@ -301,3 +309,40 @@ def test_transformer_counts():
     """Twice the same transitions are not the same belief, though attention averages alike over both."""
     encoder, rows = make("transformer"), torch.randn(1, 7, INPUT)
     assert (encoder(rows.repeat(1, 2, 1)) - encoder(rows)).abs().max() > 1e-3
+
+
+def test_bayesian_belief_is_that_of_linear_regression():
+    """Against the definition, one measurement after the other (a Kalman filter's updates), in plain numbers."""
+    encoder = BayesianContextEncoder(HIDDEN, INPUT, OUTPUT, num_measurements=2, size=3)
+    context = torch.randn(1, 7, INPUT)
+    measured = encoder.last_fc(encoder.encode(context)).detach().double().reshape(14, 4)
+    mean, covariance = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    for *what, much in measured:
+        what = torch.stack(what)
+        gain = covariance @ what / (what @ covariance @ what + 1)
+        mean, covariance = mean + gain * (much - what @ mean), covariance - gain.outer(what @ covariance)
+    project = encoder.projection.weight.detach().double()
+    project = project / project.norm(dim=1, keepdim=True)
+    loc, spread = encoder(context)[0].detach().double().chunk(2)
+    torch.testing.assert_close(loc, project @ mean, rtol=1e-5, atol=1e-6)
+    variance = (project @ covariance @ project.mT).diagonal()
+    torch.testing.assert_close(nn.functional.softplus(spread), variance, rtol=1e-5, atol=1e-7)
+
+
+@given(num=st.integers(1, 40), more=st.integers(1, 1000), seed=st.integers(0, 99), scale=st.sampled_from([0.01, 1, 30]))
+@settings(max_examples=25, deadline=None)
+def test_bayesian_belief_only_gets_surer(num, more, seed, scale):
+    torch.manual_seed(seed)
+    encoder, context = BayesianContextEncoder(HIDDEN, INPUT, OUTPUT), scale * torch.randn(2, num + more, INPUT)
+    before, after = (
+        nn.functional.softplus(encoder(seen).chunk(2, -1)[1].detach()) for seen in (context[:, :num], context)
+    )
+    assert (before <= 1 + 1e-5).all()  # the prior's
+    assert (after <= before * (1 + 1e-4) + 1e-7).all()
+    assert after.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["num_measurements", "size"])
+def test_bayesian_sizes(name):
+    with pytest.raises(ValueError, match=f"BayesianContextEncoder: {name} must be at least 1, got 0"):
+        BayesianContextEncoder(HIDDEN, INPUT, OUTPUT, **{name: 0})

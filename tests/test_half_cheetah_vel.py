@@ -166,6 +166,9 @@ def test_episodes_end_by_truncation_only():
     assert frames["truncated"].squeeze(-1).tolist() == [[False, False, True]] * 2
     assert torch.equal(frames["done"], frames["truncated"])
     assert not frames["terminated"].any()
+    frame = HalfCheetahVelEnv([1.0]).rand_step()["next"]
+    frame["done"].fill_(True)
+    assert not frame["truncated"].any()
     assert HalfCheetahVelEnv([1.0]).rollout(300).shape == (1, 200)
 
 
@@ -305,9 +308,9 @@ def test_copies_go_on_alone(duplicate):
     other = duplicate(env)
     play(other, torch.rand(3, 2, 6), frame.clone())  # must not move the first
     other = duplicate(env)
-    # before any step of its own, a partial reset shows the rows that go on as they were, the torso's lag included
-    shown = duplicate(env).reset(frame.clone().set("_reset", torch.tensor([[True], [False]])))
-    assert torch.equal(shown["observation"][1], frame["observation"][1])
+    # a copy's held rows show what they showed, the torso's lag included
+    held = frame.clone().set("action", after[0]).set("_step", torch.tensor([True, False]))
+    assert torch.equal(duplicate(env).step(held)["next", "observation"][1], frame["observation"][1])
     expected, actual = play(env, after, frame.clone()), play(other, after, frame.clone())
     assert (actual == expected).all()
     assert torch.equal(other.reset()["observation"], env.reset()["observation"])  # the generator came along

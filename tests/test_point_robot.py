@@ -316,6 +316,9 @@ def test_frames_and_inference_mode_do_not_touch_the_state():
         frame = env.reset()
     frame = env.step(frame.clone().set("action", torch.ones(1, 2)))["next"].exclude("reward")
     frame["observation"].fill_(7)
+    frame["done"].fill_(True)
+    assert not frame["truncated"].any()
+    frame["done"].fill_(False)
     close(env.step(frame.set("action", torch.ones(1, 2)))["next", "observation"], [[0.2, 0.2]])
 
 

@@ -126,8 +126,7 @@ class PointRobotEnv(EnvBase):
 
     def _frame(self, **rest: torch.Tensor) -> TensorDict:
         """The frame at the present positions, with ``reward``; built at once, which is much of a small step's time."""
-        offset = self._position - self._goal
-        reward = -torch.hypot(offset[..., :1], offset[..., 1:])  # (*, 1)
+        reward = -torch.linalg.vector_norm(self._position - self._goal, dim=-1, keepdim=True)  # (*, 1)
         frame = {schema.OBSERVATION: self._position.float(), "reward": reward.float(), **rest}
         if self._sparse:
             # a function of the state alone, so that a partial reset leaves the other rows' entry as it was
@@ -260,4 +259,5 @@ def _distance_left(where: str, start: torch.Tensor, goal: torch.Tensor, max_step
     # added up step by step, as the environment does: rounding decides on which side of the radius a step ends
     moved = torch.tensor(list(accumulate(repeat(_STEP, max_steps))), dtype=torch.float64, device=goal.device)
     left = ((goal.double() - start.double()).abs().unsqueeze(-2) - moved.unsqueeze(-1)).clamp(min=0)  # (*, T, 2)
-    return torch.hypot(left[..., 0], left[..., 1])
+    distance: torch.Tensor = torch.linalg.vector_norm(left, dim=-1)
+    return distance

@@ -5,19 +5,20 @@ from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.context_encoders import (
     CONTEXT_ENCODERS,
     AttentionContextEncoder,
+    BayesianContextEncoder,
     ContextEncoder,
-    ContextPosterior,
     LinearContextEncoder,
     MLPContextEncoder,
     RecurrentContextEncoder,
     TransformerContextEncoder,
     make_context_encoder,
 )
+from torchrl_mouse.modules.context_posterior import ContextPosterior, sample_latent
 from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
 from torchrl_mouse.modules.encoder_files import PyTorchModule, fanin_init
 from torchrl_mouse.modules.heads import DQNHead, GaussianHead, MultiDiscountHead, SwiGLUHead, VecDQNHead, VectorHead
 from torchrl_mouse.modules.kv_cache import KeyValues, KVCache
-from torchrl_mouse.modules.latent import latent_actor, latent_qvalue, latent_value, sample_latent
+from torchrl_mouse.modules.latent import latent_actor, latent_qvalue, latent_value
 from torchrl_mouse.modules.pretrained import backbone_kwargs_from_pretrained, load_pretrained_layers
 from torchrl_mouse.modules.recurrent import GRUBackbone
 from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
@@ -27,6 +28,7 @@ from torchrl_mouse.modules.trunk import Trunk
 __all__ = [
     "CONTEXT_ENCODERS",
     "AttentionContextEncoder",
+    "BayesianContextEncoder",
     "CausalBackbone",
     "ContextEncoder",
     "ContextPosterior",

@@ -1,4 +1,4 @@
-"""PEARL's context encoders, and the belief about the task that they infer from its transitions."""
+"""PEARL's context encoders, and ours."""
 
 from __future__ import annotations
 
@@ -7,23 +7,15 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
-from tensordict import unravel_key_list
-from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn import functional
 
-from torchrl_mouse.functional import gaussian_product
+from torchrl_mouse.functional.gaussians import MIN_VARIANCE
 from torchrl_mouse.modules.checks import check_size
-from torchrl_mouse.modules.encoder_files import PyTorchModule as PyTorchModule
-from torchrl_mouse.modules.encoder_files import encode_context, load_encoder
-from torchrl_mouse.modules.encoder_files import fanin_init as fanin_init
-from torchrl_mouse.schema import require
+from torchrl_mouse.modules.encoder_files import PyTorchModule, fanin_init, load_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from tensordict import TensorDictBase
-    from tensordict.utils import NestedKey
 
 
 class ContextEncoder(PyTorchModule):
@@ -68,13 +60,18 @@ class ContextEncoder(PyTorchModule):
             task; without the dimension of tasks if the input has none.
         """
         context = input if input.ndim == 3 else input.unsqueeze(0)
-        output = self.last_fc(self.encode(context))
+        output = self.read(self.encode(context))
         output = output if input.ndim == 3 else output.squeeze(0)
         return (output, output) if return_preactivations else output
 
     def encode(self, context: torch.Tensor) -> torch.Tensor:
         """Computes features ``[tasks, N, H]`` or ``[tasks, H]`` of ``[tasks, N, input_size]``."""
         raise NotImplementedError
+
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """Computes the output of the features, by the last layer alone unless it is overridden."""
+        output: torch.Tensor = self.last_fc(features)
+        return output
 
 
 def _hidden_layers(input_size: int, hidden_sizes: Sequence[int]) -> nn.Sequential:
@@ -272,7 +269,9 @@ class TransformerContextEncoder(ContextEncoder):
         self.queries = nn.Parameter(torch.randn(num_queries, width))
         self.scarcity = nn.Linear(1, width, bias=False)
         self.layers = nn.ModuleList(
-            nn.TransformerDecoderLayer(width, num_heads, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
+            nn.TransformerDecoderLayer(
+                width, num_heads, 4 * width, 0.0, functional.gelu, batch_first=True, norm_first=True
+            )
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(width)
@@ -295,6 +294,78 @@ class TransformerContextEncoder(ContextEncoder):
         return features
 
 
+class BayesianContextEncoder(ContextEncoder):
+    """Takes each transition for linear measurements of the task, and returns their exact posterior.
+
+    A network reads from each transition ``K`` measurements, of what (``phi``) and how much (``y``), of a vector ``w``
+    that the task hides: ``y = phi w + N(0, 1)``, ``w ~ N(0, I)``. The belief is that of Bayesian linear regression,
+
+    .. code-block:: text
+
+        P = I + sum phi phi^T        C = P^-1        w | context ~ N(C sum phi y, C)
+
+    of which the latent variable is a projection with unit rows. In PEARL's product a transition narrows every dimension
+    by itself; here it may say that the goal lies on a certain line, and the next one where on it. What was said before
+    is no news, so beliefs are calibrated after 20 transitions and after 1,000, whatever number was trained on. The
+    order of transitions does not matter. (Meta-learned features under a Bayesian last layer: arXiv:1807.08912.)
+
+    Args:
+        hidden_sizes: as for :class:`ContextEncoder`.
+        input_size: as for :class:`ContextEncoder`.
+        output_size: as for :class:`ContextEncoder`.
+        num_measurements: ``K``.
+        size: of ``w``, more than the latent variable has: the reward is linear in few things, but in more than these.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is less than 1.
+
+    Examples:
+        >>> BayesianContextEncoder([200, 200, 200], 5, 10)(torch.zeros(16, 64, 5)).shape
+        torch.Size([16, 10])
+    """
+
+    def __init__(
+        self,
+        hidden_sizes: Sequence[int],
+        input_size: int,
+        output_size: int,
+        *,
+        num_measurements: int = 4,
+        size: int = 16,
+    ) -> None:
+        self.save_init_params(locals())
+        super().__init__(hidden_sizes, input_size, output_size)
+        check_size("BayesianContextEncoder", "num_measurements", num_measurements)
+        check_size("BayesianContextEncoder", "size", size)
+        self.shape = (num_measurements, size + 1)
+        self.hidden_layers = _hidden_layers(input_size, hidden_sizes)
+        width = [input_size, *hidden_sizes][-1]
+        self.last_fc = nn.Linear(width, num_measurements * (size + 1))
+        nn.init.uniform_(self.last_fc.weight, -(width**-0.5), width**-0.5)
+        nn.init.zeros_(self.last_fc.bias)
+        self.projection = nn.Linear(size, output_size // 2, bias=False)
+
+    def encode(self, context: torch.Tensor) -> torch.Tensor:
+        """Returns ``[tasks, N, H]``."""
+        features: torch.Tensor = self.hidden_layers(context)
+        return features
+
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns the belief, ``[tasks, output_size]``."""
+        # In float64: a sum over thousands of measurements is inverted.
+        measured = self.last_fc(features).double().unflatten(-1, self.shape).flatten(1, 2)  # (tasks, N * K, size + 1)
+        what, much = measured[..., :-1], measured[..., -1:]
+        precision = torch.eye(what.shape[-1], dtype=what.dtype, device=what.device) + what.mT @ what
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        project = functional.normalize(self.projection.weight.double(), dim=-1)  # (Z, size)
+        mean = (project @ covariance @ what.mT @ much).squeeze(-1)
+        variance = ((project @ covariance) * project).sum(-1).clamp_min(MIN_VARIANCE)
+        spread = variance + (-torch.expm1(-variance)).log()  # of which softplus is the variance
+        output: torch.Tensor = torch.cat((mean, spread), -1).to(features.dtype)
+        return output
+
+
 def _check_heads(where: str, width: int, num_heads: int) -> None:
     check_size(where, "width", width)
     check_size(where, "num_heads", num_heads)
@@ -310,6 +381,7 @@ CONTEXT_ENCODERS: dict[str, type[PyTorchModule]] = {
     "recurrent": RecurrentContextEncoder,
     "attention": AttentionContextEncoder,
     "transformer": TransformerContextEncoder,
+    "bayesian": BayesianContextEncoder,
 }
 """The kinds of context encoders by name; each is made by ``(hidden_sizes, input_size, output_size)``."""
 
@@ -348,102 +420,3 @@ def make_context_encoder(
             f".py, got {name_or_path!r}. Choose one of them."
         )
     return load_encoder(name_or_path, hidden_sizes, input_size, output_size)
-
-
-class ContextPosterior(TensorDictModuleBase):
-    """Infers the belief about the latent variable of a task from the context, the transitions seen in it.
-
-    PEARL's inference (arXiv:1903.08254): the encoder's Gaussians, softplus making their variances, are multiplied; an
-    encoder that gives one Gaussian for each task has the last word. Without transitions the belief is the prior
-    N(0, 1). A latent variable is drawn from the belief by tensordict's ``ProbabilisticTensorDictModule``, as below.
-
-    What an encoder keeps between calls stays until :meth:`reset`.
-
-    Args:
-        encoder: maps ``[tasks, N, input_size]`` to ``[tasks, N, 2 Z]`` or ``[tasks, 2 Z]``, with ``2 Z`` its attribute
-            ``output_size``: means, and what softplus makes variances of.
-        in_keys: entries of a transition ``[*tasks, N, size]``, in the encoder's order.
-        out_keys: entries for mean and standard deviation ``[*tasks, Z]``, named as the arguments of ``Normal``.
-
-    Raises:
-        ValueError: the encoder's ``output_size`` is odd or missing, or there are no ``in_keys``, or not two
-            ``out_keys``.
-
-    Examples:
-        >>> from tensordict import TensorDict
-        >>> from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictSequential
-        >>> encoder = make_context_encoder("mlp", hidden_sizes=[200, 200, 200], input_size=5, output_size=10)
-        >>> sample = ProbabilisticTensorDictModule(
-        ...     in_keys={"loc": "posterior_loc", "scale": "posterior_scale"},
-        ...     out_keys=["latent"],
-        ...     distribution_class=torch.distributions.Normal,
-        ...     default_interaction_type=InteractionType.RANDOM,
-        ... )
-        >>> infer = TensorDictSequential(ContextPosterior(encoder), sample)
-        >>> seen = TensorDict({"observation": torch.zeros(16, 64, 2), "action": torch.zeros(16, 64, 2)}, [16, 64])
-        >>> belief = infer(TensorDict({"context": seen.set("reward", torch.zeros(16, 64, 1))}, [16]))
-        >>> belief["latent"].shape, round(belief["posterior_scale"].mean().item(), 2)  # sqrt(0.69 / 64)
-        (torch.Size([16, 5]), 0.1)
-    """
-
-    def __init__(
-        self,
-        encoder: nn.Module,
-        in_keys: Sequence[NestedKey] = (("context", "observation"), ("context", "action"), ("context", "reward")),
-        out_keys: Sequence[NestedKey] = ("posterior_loc", "posterior_scale"),
-    ) -> None:
-        super().__init__()
-        size = getattr(encoder, "output_size", None)
-        if not isinstance(size, int) or size < 2 or size % 2:
-            raise ValueError(
-                f"ContextPosterior: output_size of the encoder must be even, means and variances, got {size}. Make it "
-                f"twice the size of the latent variable."
-            )
-        if not in_keys or len(out_keys) != 2:
-            raise ValueError(
-                f"ContextPosterior: there must be in_keys, and two out_keys, got {list(in_keys)} and {list(out_keys)}. "
-                f"Name the entries of a transition, and those for mean and standard deviation."
-            )
-        self.encoder = encoder
-        self.latent_size = size // 2
-        self.in_keys = unravel_key_list(list(in_keys))
-        self.out_keys = unravel_key_list(list(out_keys))
-
-    def reset(self, num_tasks: int = 1) -> None:
-        """Makes the encoder forget what it keeps between calls.
-
-        Args:
-            num_tasks: number of tasks in the contexts to come.
-        """
-        self.encoder.reset(num_tasks)  # type: ignore[operator]
-
-    @dispatch(auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Writes mean and standard deviation of the belief, ``[*tasks, Z]``.
-
-        Args:
-            tensordict: with the entries of transitions ``[*tasks, N, size]``, of batch size ``[*tasks]`` or less.
-
-        Raises:
-            KeyError: an entry is missing.
-            ValueError: entries are not all of the same tasks and transitions, or the encoder's output is not of one of
-                its shapes.
-        """
-        entries = [require(tensordict, key) for key in self.in_keys]
-        shape = entries[0].shape[:-1]
-        for key, entry in zip(self.in_keys, entries, strict=True):
-            if entry.ndim < 2 or entry.shape[:-1] != shape:
-                raise ValueError(
-                    f"ContextPosterior: entry {key!r} must be [*tasks, N, size], all of the same tasks and N, got "
-                    f"shape {list(entry.shape)} beside {list(entries[0].shape)} of {self.in_keys[0]!r}. Reshape it."
-                )
-        context = torch.cat(entries, -1)
-        if context.shape[-2]:
-            parameters = encode_context(self.encoder, context.reshape(-1, *context.shape[-2:]))
-        else:  # What was kept between calls is of no context either.
-            parameters = context.new_zeros(shape[:-1].numel(), 0, 2 * self.latent_size)
-        mean, spread = parameters.chunk(2, -1)
-        mean, variance = gaussian_product(mean, F.softplus(spread))
-        for key, value in zip(self.out_keys, (mean, variance.sqrt()), strict=True):
-            tensordict.set(key, value.reshape(*shape[:-1], self.latent_size))
-        return tensordict

@@ -6,12 +6,12 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictModule, TensorDictSequential
+from tensordict.nn import InteractionType, TensorDictModule, TensorDictSequential
 from torch import nn
 from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
 from torchrl_mouse.modules.checks import check_size
-from torchrl_mouse.modules.context_encoders import fanin_init
+from torchrl_mouse.modules.encoder_files import fanin_init
 from torchrl_mouse.schema import ACTION, OBSERVATION
 
 if TYPE_CHECKING:
@@ -134,21 +134,6 @@ def latent_value(observation_dim: int, latent_dim: int, *, hidden_sizes: Sequenc
     _check("latent_value", observation_dim=observation_dim, latent_dim=latent_dim)
     network = LatentMLP(observation_dim + latent_dim, 1, hidden_sizes, last=3e-3)
     return ValueOperator(network, in_keys=[OBSERVATION, LATENT])
-
-
-def sample_latent() -> ProbabilisticTensorDictModule:
-    """Makes what draws ``latent`` from the belief that a :class:`ContextPosterior` has written.
-
-    Examples:
-        >>> sample_latent().in_keys
-        ['posterior_loc', 'posterior_scale']
-    """
-    return ProbabilisticTensorDictModule(
-        in_keys={"loc": "posterior_loc", "scale": "posterior_scale"},
-        out_keys=[LATENT],
-        distribution_class=torch.distributions.Normal,
-        default_interaction_type=InteractionType.RANDOM,
-    )
 
 
 def _check(where: str, **sizes: Any) -> None:
