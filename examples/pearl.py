@@ -224,13 +224,13 @@ class Run:
         self.updater = SoftUpdate(self.agent.loss, tau=TAU)
         self.history: list[dict[str, float]] = []
         self.file = arguments.output / "checkpoint.pt"
-        self.logger = CSVLogger("log", log_dir=str(arguments.output))
 
     def train(self) -> dict[str, float]:
         """Trains to the end, from the last checkpoint if there is one; returns the results."""
+        self.logger = CSVLogger("log", log_dir=str(self.arguments.output))
         if self.file.exists():
             self.load()
-        elif not self.history:
+        else:
             ids = torch.arange(self.benchmark.num_train)
             collect(self.agent, self.arguments.env, self.tasks, ids, self.experience, first=True)
         updates = self.benchmark.iterations * self.benchmark.updates
@@ -260,7 +260,8 @@ class Run:
                 sums[name] = sums.get(name, 0.0) + float(value) / benchmark.updates
             bar.update()
         agent.loss.eval()
-        entry = {**sums, **self.test()}
+        steps = sum(len(buffer) for buffer in self.experience.replay)
+        entry = {"environment_steps": steps, **sums, **self.test()}
         for name, value in entry.items():
             self.logger.log_scalar(name, value, step=len(self.history))
         self.history.append(entry)
@@ -317,8 +318,12 @@ def main() -> None:
     arguments = parse_arguments()
     options = {"env": arguments.env, "encoder": arguments.encoder, "budget": arguments.budget, "seed": arguments.seed}
     options |= dataclasses.asdict(BUDGETS[arguments.budget][arguments.env])
-    claim(arguments.output, options, restart=arguments.restart)
-    results = Run(arguments).train()
+    try:
+        run = Run(arguments)
+        claim(arguments.output, options, restart=arguments.restart)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise SystemExit(f"{error} (--env, --encoder, --output, --restart)") from None
+    results = run.train()
     for name, value in results.items():
         print(f"{name}: {value:.3f}")
     print(f"Results, plot, log and checkpoint are in {arguments.output}.")

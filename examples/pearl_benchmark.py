@@ -55,10 +55,19 @@ class Benchmark:
     sparse: bool = False  # context and metric see the sparse reward, critics the dense one
 
     @property
+    def visit_steps(self) -> int:
+        """Steps with a task in an iteration."""
+        return self.prior_steps + self.posterior_steps + self.extra_steps
+
+    @property
     def most_steps(self) -> int:
-        """How many steps with one task there can be."""
-        steps = self.prior_steps + self.posterior_steps + self.extra_steps
-        return self.initial_steps + self.iterations * self.tasks_per_iteration * steps
+        """Steps with one task at most, if every iteration draws it every time."""
+        return self.initial_steps + self.iterations * self.tasks_per_iteration * self.visit_steps
+
+    @property
+    def training_steps(self) -> int:
+        """Steps of a run, tests aside."""
+        return self.num_train * self.initial_steps + self.iterations * self.tasks_per_iteration * self.visit_steps
 
 
 _POINT = Benchmark(
@@ -148,9 +157,19 @@ NO_ADAPTATION = {"point-robot": -14.07, "sparse-point-robot": 4.40, "cheetah-vel
 
 
 def make_tasks(name: str, benchmark: Benchmark) -> tuple[torch.Tensor, torch.Tensor]:
-    """Makes what sets training and test tasks apart, goals ``[tasks, 2]`` or velocities ``[tasks]``."""
+    """Makes what sets training and test tasks apart, goals ``[tasks, 2]`` or velocities ``[tasks]``.
+
+    Raises:
+        ValueError: more tasks are asked for than there are.
+    """
     # All of the benchmark's are drawn, and the last are those of the test, in a smaller budget too.
     full = BENCHMARKS[name]
+    for kind in ("num_train", "num_test"):
+        if not 1 <= getattr(benchmark, kind) <= getattr(full, kind):
+            raise ValueError(
+                f"make_tasks: {kind} must be at least 1 and at most the {getattr(full, kind)} that {name} has, got "
+                f"{getattr(benchmark, kind)}. Ask for fewer."
+            )
     num = full.num_train + full.num_test
     tasks = half_cheetah_velocities(num) if name == "cheetah-vel" else point_robot_goals(num, sparse=full.sparse)
     return tasks[: benchmark.num_train], tasks[full.num_train :][: benchmark.num_test]
