@@ -140,8 +140,9 @@ class Experience:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all transitions."""
+        # Copies: what is saved of a part of a storage is else all of it.
         return {
-            name: [buffer[:] if len(buffer) else None for buffer in getattr(self, name)]
+            name: [buffer[:].clone() if len(buffer) else None for buffer in getattr(self, name)]
             for name in ("replay", "context")
         }
 
