@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from backbones import BACKBONES, add_backbone_options, load_runs
 from datasets import load_from_disk
 from tensordict.nn import TensorDictSequential
 from torchrl.collectors import Collector, RandomPolicy
@@ -31,7 +32,7 @@ from tqdm.auto import tqdm
 
 from torchrl_mouse.data import DatasetStore, JitterObservation, RandomSymmetry, replay_buffer
 from torchrl_mouse.envs import ClearContext, DarkRoomEnv, TaskEnv, grid_symmetries, oracle_policy, split_goals
-from torchrl_mouse.evaluation import evaluate, plot_curves, summarize
+from torchrl_mouse.evaluation import Run, evaluate, plot_curves, summarize
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.modules import StickyActions, TabularQLearner
 from torchrl_mouse.objectives import CombinedLoss, InContextLoss, MouseDQNLoss, SupervisedPolicyLoss
@@ -95,6 +96,7 @@ def parse_arguments() -> argparse.Namespace:
         default="coordinates",
         help="what the agent sees of its cell: two numbers, or one of 81 ids",
     )
+    add_backbone_options(parser)
     parser.add_argument("--updates", type=positive, default=3000, help="optimiser steps")
     parser.add_argument("--batch-size", type=positive, default=32, help="windows per update")
     parser.add_argument("--history-episodes", type=positive, default=200, help="episodes of each learning history")
@@ -140,8 +142,8 @@ def empty_store() -> DatasetStore:
     return DatasetStore(max_action_dim=NUM_ACTIONS, max_obs_continuous_dim=2, max_obs_discrete_dim=NUM_CELLS)
 
 
-def build_model(heads: list[str], observation: str) -> MouseModel:
-    """Builds the agent: 4 layers of width 64 (about 290,000 parameters with both heads)."""
+def build_model(heads: list[str], observation: str, backbone: str) -> MouseModel:
+    """Builds the agent: with 4 layers of a transformer of width 64, about 290,000 parameters with both heads."""
     seen = {"max_num_obs_continuous": 2} if observation == "coordinates" else {"max_num_obs_discrete": NUM_CELLS}
     config = MouseConfig(
         hidden_dim=64,
@@ -153,7 +155,7 @@ def build_model(heads: list[str], observation: str) -> MouseModel:
             "std": 0.2,
             **seen,
         },
-        backbone_kwargs={"kind": "llama", "num_layers": 4, "num_heads": 4, "initializer_range": 0.1},
+        backbone_kwargs=BACKBONES[backbone],
         **{f"{name}_head_kwargs": {"hidden_dim": 64, "num_layers": 2} for name in heads},
     )
     return MouseModel(config)
@@ -223,7 +225,7 @@ def play(model: MouseModel, goals: torch.Tensor, arguments: argparse.Namespace) 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Returns what decides a run's result: the recipe is an option, too; how to act on what was learned is not."""
-    names = ("heads", "observation", "updates", "batch_size", "history_episodes")
+    names = ("heads", "observation", "backbone", "updates", "batch_size", "history_episodes")
     recipe = {name: value for name, value in globals().items() if name.isupper() and name not in ACTING}
     return {name: getattr(arguments, name) for name in names} | recipe
 
@@ -232,6 +234,7 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """Makes the data, trains, evaluates and plots for one seed."""
     began = time.monotonic()
     directory = arguments.output / f"seed-{seed}"
+    others = load_runs([folder / directory.name for folder in arguments.compare], "held-out goals")
     try:
         claim(directory, options_of(arguments), restart=arguments.restart)
     except ValueError as error:
@@ -241,7 +244,7 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
     store = learning_histories(train_goals, episodes=arguments.history_episodes, seed=seed, directory=histories)
 
     torch.manual_seed(seed)
-    model = build_model(arguments.heads, arguments.observation)
+    model = build_model(arguments.heads, arguments.observation, arguments.backbone)
     train(model, store, arguments, seed, directory)
     model.save_pretrained(directory / "model")
 
@@ -253,7 +256,10 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "training goals": {name: values[:NUM_TRAIN_GOALS] for name, values in returns.items()},
     }
-    plot_curves(groups, directory / "curves.png", title=f"Dark Room, seed {seed}: no weight changes")
+    learned = {group: {head: curves[head] for head in arguments.heads} for group, curves in groups.items()}
+    Run(arguments.backbone, learned).save(directory)
+    title = f"Dark Room, seed {seed}, backbone {arguments.backbone}: no weight changes"
+    plot_curves(groups, directory / "curves.png", others=others, title=title)
     results = {
         "minutes": (time.monotonic() - began) / 60,
         **{

@@ -21,6 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from backbones import BACKBONES, add_backbone_options, load_runs
 from create_dataset import at_least, is_held_out
 from datasets import Dataset, load_dataset, load_from_disk
 from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
@@ -30,7 +31,7 @@ from torchrl.record import CSVLogger
 from torchrl_mouse.data import DatasetStore, replay_buffer
 from torchrl_mouse.data.columns import REQUIRED_COLUMNS
 from torchrl_mouse.envs import ClearContext, FrozenLakeEnv, TaskEnv
-from torchrl_mouse.evaluation import evaluate, save_results
+from torchrl_mouse.evaluation import Run, evaluate, save_results
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.objectives import CombinedLoss, InContextLoss, MouseDQNLoss, SupervisedPolicyLoss
 from torchrl_mouse.recipes import claim, offline_trainer, run, warmup_cosine
@@ -52,7 +53,8 @@ WEIGHT_DECAY = 0.01
 TEMPERATURE = {"dqn": 0.3, "sp": 0.7}
 MAPS = 64
 LONGEST_EPISODE = 100  # Gymnasium's limit on a lake
-PLAYING = ("TEMPERATURE", "MAPS", "LONGEST_EPISODE", "PLAYING")
+TASKS = "held-out maps"
+PLAYING = ("TEMPERATURE", "MAPS", "LONGEST_EPISODE", "TASKS", "PLAYING")
 
 
 class HeldOutLake(FrozenLakeEnv):
@@ -72,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="of a data set on the Hub")
     parser.add_argument("--task", default="task", help="column that names the task of a row, where there is one")
     parser.add_argument("--window", type=at_least(2), default=176, help="steps per window, and in the agent's context")
+    add_backbone_options(parser)
     parser.add_argument("--updates", type=at_least(1), default=1600, help="optimiser steps")
     parser.add_argument("--batch-size", type=at_least(1), default=12, help="windows per update")
     parser.add_argument(
@@ -135,8 +138,8 @@ def has(dataset: Dataset, name: str) -> bool:
     return name in dataset.column_names and dataset.data.column(name).null_count < len(dataset.data)
 
 
-def build_model(sizes: dict[str, int], heads: list[str], window: int) -> MouseModel:
-    """Builds the agent: 4 layers of width 64."""
+def build_model(sizes: dict[str, int], heads: list[str], window: int, backbone: str) -> MouseModel:
+    """Builds the agent, of width 64."""
     config = MouseConfig(
         hidden_dim=64,
         window=window,
@@ -147,7 +150,7 @@ def build_model(sizes: dict[str, int], heads: list[str], window: int) -> MouseMo
             "max_num_obs_discrete": sizes["discrete"],
             "std": 0.2,
         },
-        backbone_kwargs={"kind": "llama", "num_layers": 4, "num_heads": 4, "initializer_range": 0.1},
+        backbone_kwargs=BACKBONES[backbone],
         **{f"{name}_head_kwargs": {"hidden_dim": 64} for name in heads},
     )
     return MouseModel(config)
@@ -213,7 +216,7 @@ def play(model: MouseModel, size: int, arguments: argparse.Namespace) -> dict[st
 
 def options_of(arguments: argparse.Namespace, dataset: Dataset, sizes: dict[str, int]) -> dict[str, Any]:
     """Returns what decides what is learned: the recipe and the data, too; how to play is not part of it."""
-    names = ("data", "split", "task", "window", "updates", "batch_size", "seed")
+    names = ("data", "split", "task", "backbone", "window", "updates", "batch_size", "seed")
     recipe = {name: value for name, value in globals().items() if name.isupper() and name not in PLAYING}
     return {name: getattr(arguments, name) for name in names} | {"data set": dataset._fingerprint} | sizes | recipe
 
@@ -234,12 +237,14 @@ def main() -> None:
     if is_lake:  # An agent that plays may live longer than any in the data.
         sizes["time_steps"] = max(sizes["time_steps"], LONGEST_EPISODE + 1)
 
+    others = load_runs(arguments.compare, TASKS)
     try:
         claim(arguments.output, options_of(arguments, dataset, sizes), restart=arguments.restart)
     except ValueError as error:
         raise SystemExit(f"{error} (--restart, --output)") from None
     torch.manual_seed(arguments.seed)
-    model = build_model(sizes, ["dqn", "sp"] if has(dataset, "metadata_q_star") else ["dqn"], arguments.window)
+    heads = ["dqn", "sp"] if has(dataset, "metadata_q_star") else ["dqn"]
+    model = build_model(sizes, heads, arguments.window, arguments.backbone)
     train(model, store, arguments)
     model.save_pretrained(arguments.output / "model")
     print(f"Written: {arguments.output / 'model'}, log and checkpoints beside it")
@@ -250,7 +255,9 @@ def main() -> None:
         return
     torch.manual_seed(arguments.seed)
     returns = play(model, side, arguments)
-    table = save_results(arguments.output, "held-out maps", returns, expert=1.0, title="FrozenLake: no weight changes")
+    Run(arguments.backbone, {TASKS: {head: returns[head] for head in heads}}).save(arguments.output)
+    title = f"FrozenLake, backbone {arguments.backbone}: no weight changes"
+    table = save_results(arguments.output, TASKS, returns, expert=1.0, title=title, others=others)
     print(f"\n{table}")
     print(f"Written: {arguments.output / 'results.json'}, curves.png")
 

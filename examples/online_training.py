@@ -6,19 +6,26 @@ its context cleared at every episode. An interrupted run resumes from its newest
 
     python examples/online_training.py               # about 15 minutes on two cores
     python examples/online_training.py --smoke       # seconds, to see it run
+    python examples/online_training.py --collector process                  # play in two processes
+    python examples/online_training.py --collector ray --learner ray        # play and learn wherever Ray runs
+
+Ray (`pip install torchrl-mouse[ray]`) is started on this machine; with RAY_ADDRESS set, the cluster there is used.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from backbones import add_backbone_options, load_runs
 from create_dataset import at_least, is_held_out
-from offline_training import LONGEST_EPISODE, HeldOutLake, build_model
-from tensordict.nn import TensorDictSequential
-from torchrl.collectors import Collector
+from offline_training import LONGEST_EPISODE, TASKS, HeldOutLake, build_model
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential
+from torchrl.collectors import BaseCollector, Collector
 from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 from torchrl.modules import EGreedyModule
 from torchrl.objectives import SoftUpdate
@@ -26,13 +33,14 @@ from torchrl.record import CSVLogger
 
 from torchrl_mouse.data import DatasetStore, replay_buffer
 from torchrl_mouse.envs import ClearContext, FrozenLakeEnv, TaskEnv
-from torchrl_mouse.evaluation import evaluate, save_results
+from torchrl_mouse.evaluation import Run, evaluate, save_results
 from torchrl_mouse.models import MouseModel
 from torchrl_mouse.objectives import MouseDQNLoss
 from torchrl_mouse.recipes import claim, online_trainer, run, warmup_cosine
 
 SIZE = 4
 ROWS = 16  # played side by side
+WORKERS = 2  # that share them, where they are played in other processes
 EPISODES = 20  # of a task
 WINDOW = 176
 BATCH_SIZE = 12
@@ -67,6 +75,19 @@ class TrainingLake(FrozenLakeEnv):
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_backbone_options(parser)
+    parser.add_argument(
+        "--collector",
+        choices=["direct", "process", "ray"],
+        default="direct",
+        help=f"TorchRL's backend: play here, in {WORKERS} processes, or in {WORKERS} processes that Ray distributes",
+    )
+    parser.add_argument(
+        "--learner",
+        choices=["local", "ray"],
+        default="local",
+        help="TorchRL's learner backend: learn here, or (with --collector ray) in a process that Ray places",
+    )
     parser.add_argument("--frames", type=at_least(1), default=300_000, help="steps to play, over all rows")
     parser.add_argument(
         "--evaluate-every", type=at_least(1), default=50_000, help="frames between tests, and checkpoints"
@@ -79,7 +100,10 @@ def parse_arguments() -> argparse.Namespace:
     if parser.parse_args().smoke:
         parser.set_defaults(frames=2 * FRAMES_PER_BATCH, evaluate_every=FRAMES_PER_BATCH, maps=4)
         parser.set_defaults(output=Path("runs/online_training_smoke"))
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.learner == "ray" and arguments.collector != "ray":
+        parser.error(f"--learner ray needs --collector ray, got --collector {arguments.collector}")
+    return arguments
 
 
 def make_env(lake: type[FrozenLakeEnv], rows: int, first_seed: int) -> EnvBase:
@@ -105,17 +129,35 @@ def log_of(model: MouseModel, arguments: argparse.Namespace) -> dict[str, float]
     return {"first_10_episodes": float(returns[:, :10].mean()), "last_10_episodes": float(returns[:, -10:].mean())}
 
 
+def make_collector(policy: TensorDictModuleBase, arguments: argparse.Namespace) -> BaseCollector:
+    """Makes the collector, which plays here or in several processes."""
+    workers = 1 if arguments.collector == "direct" else WORKERS
+    rows = ROWS // workers
+    envs = [partial(make_env, TrainingLake, rows, 10**3 * arguments.seed + rows * number) for number in range(workers)]
+    options: dict[str, Any] = {} if arguments.collector == "direct" else {"sync": True}
+    if arguments.collector == "ray":  # Half a core each, so that two are enough for players and learner.
+        options["backend_options"] = {"remote_configs": {"num_cpus": 1 / WORKERS}}
+    return Collector(
+        envs,
+        policy,
+        backend=arguments.collector,
+        frames_per_batch=FRAMES_PER_BATCH,
+        total_frames=FRAMES_PER_BATCH * math.ceil(arguments.frames / FRAMES_PER_BATCH),
+        **options,
+    )
+
+
 def train(model: MouseModel, arguments: argparse.Namespace) -> None:
     """Plays and learns in turns."""
-    env = make_env(TrainingLake, ROWS, 10**3 * arguments.seed)
-    actor = model.actor(env.action_spec_unbatched, temperature=TEMPERATURE)
+    spec = FrozenLakeEnv(SIZE).action_spec_unbatched
+    actor = model.actor(spec, temperature=TEMPERATURE)
     exploring = int(EXPLORING_SHARE * arguments.frames)
-    explore = EGreedyModule(env.action_spec, eps_init=EPSILON[0], eps_end=EPSILON[1], annealing_num_steps=exploring)
+    explore = EGreedyModule(spec, eps_init=EPSILON[0], eps_end=EPSILON[1], annealing_num_steps=exploring)
     policy = TensorDictSequential(actor, explore)
-    collector = Collector(env, policy, frames_per_batch=FRAMES_PER_BATCH, total_frames=-1)
     loss = MouseDQNLoss(
         model.head("dqn"),
         trunk=model.trunk,
+        actor=actor,
         gamma=GAMMA,
         gamma_terminal=GAMMA,
         reward_scale=REWARD_SCALE,
@@ -124,11 +166,14 @@ def train(model: MouseModel, arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(loss.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     updates = UPDATES_PER_BATCH * (arguments.frames // FRAMES_PER_BATCH)
     store = DatasetStore(max_action_dim=4, max_obs_discrete_dim=SIZE**2, keys=loss.in_keys)
+    options: dict[str, Any] = {}
+    if arguments.learner == "ray":  # The store lives in a process of its own, which player and learner reach.
+        options = {"service_backend": "ray", "service_backend_options": {"remote_config": {"num_cpus": 0}}}
     trainer = online_trainer(
         loss,
-        collector,
+        make_collector(policy, arguments),
         policy,
-        replay_buffer(store, window=WINDOW, batch_size=BATCH_SIZE, start_share=START_SHARE),
+        replay_buffer(store, window=WINDOW, batch_size=BATCH_SIZE, start_share=START_SHARE, **options),
         optimizer,
         total_frames=arguments.frames,
         updates_per_batch=UPDATES_PER_BATCH,
@@ -141,6 +186,7 @@ def train(model: MouseModel, arguments: argparse.Namespace) -> None:
         checkpoint_interval=arguments.evaluate_every,
         logger=CSVLogger("log", log_dir=arguments.output),
         seed=arguments.seed,
+        learner_backend=arguments.learner,
     )
     run(trainer)
     model.set_target("dqn", loss.target_head_params)
@@ -150,20 +196,24 @@ def main() -> None:
     """Trains, saves the model, tests it, and plots."""
     arguments = parse_arguments()
     recipe = {name: value for name, value in globals().items() if name.isupper()}
-    options = {"frames": arguments.frames, "seed": arguments.seed, **recipe}
+    names = ("backbone", "collector", "learner", "frames", "seed")
+    options = {name: getattr(arguments, name) for name in names} | recipe
+    others = load_runs(arguments.compare, TASKS)
     try:
         claim(arguments.output, options, restart=arguments.restart)
     except ValueError as error:
         raise SystemExit(f"{error} (--restart, --output)") from None
     torch.manual_seed(arguments.seed)
     sizes = {"actions": 4, "time_steps": LONGEST_EPISODE + 1, "continuous": 0, "discrete": SIZE**2}
-    model = build_model(sizes, ["dqn"], WINDOW)
+    model = build_model(sizes, ["dqn"], WINDOW, arguments.backbone)
     train(model, arguments)
     model.save_pretrained(arguments.output / "model")
 
     torch.manual_seed(arguments.seed)
     returns = {"agent": play(model, arguments), "context cleared": play(model, arguments, clear=True)}
-    table = save_results(arguments.output, "held-out maps", returns, expert=1.0, title="FrozenLake: no weight changes")
+    Run(arguments.backbone, {TASKS: {"agent": returns["agent"]}}).save(arguments.output)
+    title = f"FrozenLake, backbone {arguments.backbone}: no weight changes"
+    table = save_results(arguments.output, TASKS, returns, expert=1.0, title=title, others=others)
     print(f"\n{table}")
     print(f"Written: {arguments.output / 'results.json'}, curves.png, model, log and checkpoints")
 

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from torchrl_mouse.evaluation import Run
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,6 +54,23 @@ def test_second_run_reuses_data_and_checkpoint(smoke):
     run_example(output, "--smoke", "--seeds", "3")
     assert [path.stat().st_mtime_ns for path in kept] == stamps  # No data made, no update run.
     assert model.read_bytes() == before
+
+
+def test_another_backbone_beside_it(smoke, tmp_path):
+    output, _ = smoke
+    options = ["--smoke", "--seeds", "3", "--heads", "dqn", "--backbone", "none"]
+    run_example(tmp_path, *options)
+    alone = (tmp_path / "seed-3/curves.png").read_bytes()
+    run_example(tmp_path, *options, "--compare", str(output))  # Nothing is trained again.
+    assert (tmp_path / "seed-3/curves.png").read_bytes() != alone
+    runs = {run.label: run.panels for run in (Run.load(folder / "seed-3") for folder in (output, tmp_path))}
+    assert {label: {agent for curves in panels.values() for agent in curves} for label, panels in runs.items()} == {
+        "llama": {"dqn", "sp"},
+        "none": {"dqn"},
+    }
+    held_out = runs["none"]["held-out goals"]["dqn"]
+    assert held_out.shape == (11, 10)
+    assert not torch.equal(held_out, runs["llama"]["held-out goals"]["dqn"])
 
 
 def test_other_options_do_not_resume(smoke):

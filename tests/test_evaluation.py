@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType
@@ -13,7 +14,7 @@ from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from torchrl_mouse.envs import DarkRoomEnv, TaskEnv, oracle_policy
-from torchrl_mouse.evaluation import EpisodeReturns, evaluate, nauc, plot_curves, summarize
+from torchrl_mouse.evaluation import EpisodeReturns, Run, evaluate, nauc, plot_curves, save_results, summarize
 from torchrl_mouse.models import MouseConfig, MouseModel
 
 
@@ -177,6 +178,58 @@ def test_plot_is_a_picture_with_lines(tmp_path):
     assert (width, height) == (round(5.2 * 2 * 120), 480)
     colours = {tuple(pixel) for pixel in (picture[..., :3].reshape(-1, 3) * 255).round().astype(int).tolist()}
     assert {(31, 119, 180), (255, 127, 14)} <= colours, "both curves are drawn"
+
+
+def lines_of(monkeypatch):
+    """Collects what is drawn: label, style and height of each line, by panel."""
+    drawn, plot, set_ = {}, Axes.plot, Axes.set
+    lines = {}
+
+    def recording(axis, x, y, **options):
+        lines.setdefault(axis, []).append((options["label"], options["linestyle"], float(y[0])))
+        return plot(axis, x, y, **options)
+
+    def naming(axis, **options):
+        drawn[options["title"]] = lines.pop(axis)
+        return set_(axis, **options)
+
+    monkeypatch.setattr(Axes, "plot", recording)
+    monkeypatch.setattr(Axes, "set", naming)
+    return drawn
+
+
+def test_runs_stand_beside_each_other(monkeypatch, tmp_path):
+    for number, label in enumerate(("gru", "none", "none")):
+        panels = {"train": {"agent": torch.full((4, 20), number + 1.0)}}
+        if number == 0:
+            panels["held out"] = {"a, b": torch.full((2, 20), 9.0).expand(2, 20).T.contiguous().T}
+        (tmp_path / str(number)).mkdir()
+        Run(label, panels).save(tmp_path / str(number))
+    others = [Run.load(tmp_path / str(number)) for number in range(3)]
+    assert torch.equal(others[0].panels["held out"]["a, b"], torch.full((2, 20), 9.0))
+    drawn = lines_of(monkeypatch)
+    own = {"agent": torch.zeros(4, 20)}
+    plot_curves({"train": own, "held out": own, "elsewhere": own}, tmp_path / "curves.png", others=others)
+    mine = ("agent", "-", 0.0)
+    assert drawn == {
+        # Two runs with one label are both there.
+        "train": [mine, ("agent, gru", "--", 1.0), ("agent, none", "--", 2.0), ("agent, none", "--", 3.0)],
+        "held out": [mine, ("a, b, gru", "--", 9.0)],
+        "elsewhere": [mine],
+    }
+
+
+def test_results_are_plotted_beside_other_runs(monkeypatch, tmp_path):
+    drawn = lines_of(monkeypatch)
+    others = [Run("gru", {"maps": {"agent": torch.ones(2, 20)}})]
+    table = save_results(tmp_path, "maps", {"agent": torch.zeros(2, 20)}, expert=1.0, others=others)
+    assert drawn == {"maps": [("agent", "-", 0.0), ("agent, gru", "--", 1.0)]}
+    assert "gru" not in table, "the table is of this run"
+
+
+def test_a_folder_without_returns(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"must hold the results of a run, got no returns.safetensors in it"):
+        Run.load(tmp_path)
 
 
 def test_evaluation_is_sequential_and_leaves_no_context():

@@ -17,6 +17,8 @@ import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 from hub import hub_fixture  # noqa: F401
 
+from torchrl_mouse.evaluation import Run
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -206,6 +208,50 @@ def test_training_goes_on_where_it_stopped(call, dataset, trained, tmp_path):
     assert "--restart" in error
     call("offline_training.py", *smoke(dataset[0], output), "--batch-size", 3, "--restart", "--play-episodes", 0)
     assert not (output / "results.json").exists()
+
+
+def test_backbones_are_compared_in_one_figure(call, dataset, tmp_path, monkeypatch):
+    beside = []
+    monkeypatch.setattr("torchrl_mouse.evaluation.plot_curves", lambda *_, others, **__: beside.append(others))
+    kinds = {}
+    for backbone in ("none", "gru"):
+        compare = ["--compare", tmp_path / "none"] if backbone == "gru" else []
+        call("offline_training.py", *smoke(dataset[0], tmp_path / backbone), "--backbone", backbone, *compare)
+        config = json.loads((tmp_path / backbone / "model/config.json").read_text())
+        kinds[backbone] = (config["backbone_kwargs"] or {}).get("kind")
+        run = Run.load(tmp_path / backbone)
+        assert run.label == backbone
+        results = json.loads((tmp_path / backbone / "results.json").read_text())
+        assert set(run.panels["held-out maps"]) == {"dqn", "sp"}
+        for head, returns in run.panels["held-out maps"].items():
+            torch.testing.assert_close(returns.mean(0), torch.tensor(results[head]["curve"]), atol=1e-4, rtol=0)
+    assert kinds == {"none": None, "gru": "gru"}
+    assert [[run.label for run in others] for others in beside] == [[], ["none"]]
+
+
+def test_another_backbone_is_another_run(call, dataset, tmp_path):
+    call("offline_training.py", *smoke(dataset[0], tmp_path), "--backbone", "none", "--play-episodes", 0)
+    error = call("offline_training.py", *smoke(dataset[0], tmp_path), "--backbone", "gru", fails=True)
+    assert "must have been begun with the same options, got backbone gru instead of none" in error
+
+
+@pytest.mark.parametrize(
+    ("panel", "message"),
+    [
+        (None, "must hold the results of a run, got no returns.safetensors in it"),
+        ("held-out goals", "must hold returns on held-out maps, got held-out goals"),
+    ],
+)
+def test_runs_that_cannot_be_compared(call, dataset, tmp_path, panel, message):
+    """It is said before the training."""
+    (tmp_path / "other").mkdir()
+    if panel is not None:
+        Run("gru", {panel: {"dqn": torch.zeros(2, 3)}}).save(tmp_path / "other")
+    options = [*smoke(dataset[0], tmp_path / "out"), "--compare", tmp_path / "other"]
+    error = call("offline_training.py", *options, fails=True)
+    assert message in error
+    assert "--compare" in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_data_go_to_the_hub_and_come_from_there(hub, call, tmp_path, monkeypatch):

@@ -74,7 +74,8 @@ def test_plays_stores_learns_and_tests_in_turns(make_model, tmp_path):
     assert (training.loss.target_head_params != target).any()
     assert training.explore.eps.item() == pytest.approx(0.5 - 0.4 * 3 * ROWS * TASK / 1000, abs=1e-5)
     assert training.evaluations == [2 * ROWS * TASK]
-    assert int(training.model.trunk.weight_version) == 3, "contexts are told after each batch"
+    told = 3 * 2 + 4  # by every update, and with the weights at the beginning and after each batch
+    assert int(training.model.trunk.weight_version) == told
     assert training.trainer._log_dict["success"] == [1.0]
 
 
@@ -96,9 +97,57 @@ def test_numbers_below_one(name, make_model, tmp_path):
         Training(make_model(), tmp_path, **options)
 
 
+def test_a_remote_learner_needs_the_actor(make_model, tmp_path):
+    with pytest.raises(ValueError, match="loss must know its actor where learner_backend is 'ray', got MouseDQNLoss"):
+        Training(make_model(), tmp_path, learner_backend="ray")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """The program as a module, with shorter tasks; a function that calls it."""
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    import online_training
+
+    for name, value in {"ROWS": 4, "EPISODES": 2, "FRAMES_PER_BATCH": 400, "UPDATES_PER_BATCH": 2}.items():
+        monkeypatch.setattr(online_training, name, value)
+
+    def call(output, *arguments):
+        options = ["--frames", "800", "--evaluate-every", "400", "--maps", "2", "--output", str(output)]
+        monkeypatch.setattr(sys, "argv", ["online_training.py", *options, *arguments])
+        online_training.main()
+
+    return call
+
+
+def test_backbones_are_compared_in_one_figure(example, tmp_path, monkeypatch):
+    beside = []
+    monkeypatch.setattr("torchrl_mouse.evaluation.plot_curves", lambda *_, others, **__: beside.append(others))
+    example(tmp_path / "none", "--backbone", "none")
+    example(tmp_path / "gru", "--backbone", "gru", "--compare", str(tmp_path / "none"))
+    config = json.loads((tmp_path / "gru/model/config.json").read_text())
+    assert config["backbone_kwargs"]["kind"] == "gru"
+    assert [[run.label for run in others] for others in beside] == [[], ["none"]]
+    assert beside[1][0].panels["held-out maps"]["agent"].shape == (2, 2)
+
+
+def test_a_remote_learner_needs_remote_players(example, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        example(tmp_path / "out", "--learner", "ray")
+    assert "--learner ray needs --collector ray, got --collector direct" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def program(output, *arguments):
     command = [sys.executable, str(PROGRAM), "--smoke", "--output", str(output), *arguments]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_program_plays_in_two_processes(tmp_path):
+    assert program(tmp_path, "--collector", "process", "--maps", "2").wait() == 0
+    (file,) = tmp_path.glob("log/scalars/loss_dqn.csv")
+    assert [int(row[0]) for row in csv.reader(file.read_text().splitlines())] == [4800, 9600]
 
 
 @pytest.mark.slow

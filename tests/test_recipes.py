@@ -10,9 +10,10 @@ from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDic
 from torchrl.objectives import SoftUpdate
 from torchrl.record.loggers import Logger
 
+from torchrl_mouse.data.offline import OfflineSource
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.objectives import CombinedLoss, MouseDQNLoss, SupervisedPolicyLoss
-from torchrl_mouse.recipes import OfflineSource, claim, offline_trainer, run, warmup_cosine
+from torchrl_mouse.recipes import claim, offline_trainer, run, warmup_cosine
 from torchrl_mouse.schema import from_mouse_records
 
 NUM_ACTIONS = 3

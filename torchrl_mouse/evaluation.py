@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.envs.utils import ExplorationType, set_exploration_type
@@ -17,12 +20,13 @@ from torchrl_mouse import schema
 from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from tensordict import TensorDictBase
     from torchrl.envs import EnvBase
 
 _EDGE = 10  # Episodes that "first" and "last" mean in a summary.
+_RETURNS = "returns.safetensors"
 
 
 class EpisodeReturns:
@@ -190,10 +194,60 @@ def summarize(returns: torch.Tensor, expert: float) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Run:
+    """What the figures of other runs show of a run: the returns of its agents.
+
+    Args:
+        label: what tells it from other runs, for instance its backbone.
+        panels: by panel's title and by agent, each ``[B, E]``.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Run("gru", {"held-out goals": {"agent": torch.ones(3, 20)}}).save(folder)
+        ...     run = Run.load(folder)
+        >>> run.label, run.panels["held-out goals"]["agent"].shape
+        ('gru', torch.Size([3, 20]))
+    """
+
+    label: str
+    panels: Mapping[str, Mapping[str, torch.Tensor]]
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``returns.safetensors`` into a folder that is there."""
+        returns = {
+            json.dumps([panel, agent]): values.contiguous()
+            for panel, curves in self.panels.items()
+            for agent, values in curves.items()
+        }
+        save_file(returns, Path(directory, _RETURNS), {"label": self.label})
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder holds no returns.
+        """
+        file = Path(directory, _RETURNS)
+        if not file.exists():
+            raise FileNotFoundError(
+                f"Run.load: {directory} must hold the results of a run, got no {file.name} in it. Let that run finish."
+            )
+        panels: dict[str, dict[str, torch.Tensor]] = {}
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it cannot be iterated over
+                panel, agent = json.loads(name)
+                panels.setdefault(panel, {})[agent] = opened.get_tensor(name)
+            return cls(opened.metadata()["label"], panels)
+
+
 def plot_curves(
     panels: Mapping[str, Mapping[str, torch.Tensor]],
     path: str | Path,
     *,
+    others: Sequence[Run] = (),
     ylabel: str = "return",
     title: str | None = None,
 ) -> None:
@@ -203,6 +257,7 @@ def plot_curves(
         panels: for each panel's title, the curves by label, each ``[B, E]`` (the mean over tasks is drawn, with a band
             of one standard error).
         path: where to save; the suffix chooses the format.
+        others: runs to compare with; what they have of each panel is drawn with dashes, and their label.
         ylabel: label of the vertical axis.
         title: above all panels.
 
@@ -223,12 +278,15 @@ def plot_curves(
     figure = Figure(figsize=(5.2 * len(panels), 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axis, (name, curves) in zip(axes, panels.items(), strict=True):
-        for label, returns in curves.items():
+    for axis, (name, own) in zip(axes, panels.items(), strict=True):
+        lines = [(agent, "-", returns) for agent, returns in own.items()]
+        for run in others:
+            lines += [(f"{agent}, {run.label}", "--", values) for agent, values in run.panels.get(name, {}).items()]
+        for label, style, returns in lines:
             mean = returns.mean(0)
             error = returns.std(0, correction=0) / len(returns) ** 0.5
             episode = torch.arange(1, len(mean) + 1)
-            (line,) = axis.plot(episode, mean, label=label, linewidth=1.5)
+            (line,) = axis.plot(episode, mean, label=label, linewidth=1.5, linestyle=style)
             axis.fill_between(episode, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(title=name, xlabel="episode inside the task")
         axis.grid(alpha=0.3)
@@ -240,7 +298,13 @@ def plot_curves(
 
 
 def save_results(
-    directory: str | Path, tasks: str, returns: Mapping[str, torch.Tensor], *, expert: float, title: str | None = None
+    directory: str | Path,
+    tasks: str,
+    returns: Mapping[str, torch.Tensor],
+    *,
+    expert: float,
+    title: str | None = None,
+    others: Sequence[Run] = (),
 ) -> str:
     """Writes ``results.json``, what :func:`summarize` says of each agent, and ``curves.png``.
 
@@ -250,6 +314,7 @@ def save_results(
         returns: by agent, each ``[B, E]``.
         expert: the expert's return per episode.
         title: of the plot.
+        others: runs that the plot shows as well.
 
     Returns:
         The results as a table, to be printed.
@@ -264,7 +329,7 @@ def save_results(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     results = {name: summarize(values, expert) for name, values in returns.items()}
-    plot_curves({tasks: returns}, directory / "curves.png", title=title)
+    plot_curves({tasks: returns}, directory / "curves.png", others=others, title=title)
     (directory / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
     lines = [f"{tasks:<26}{'NAUC':>8}{'first 10':>10}{'last 10':>10}"]
     for name, result in results.items():

@@ -7,21 +7,23 @@ import math
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
-from torchrl.trainers import LRSchedulerHook, Trainer
-from torchrl.trainers.trainers import DefaultOptimizationStepper, TargetNetUpdaterHook
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import DefaultOptimizationStepper
 
+from torchrl_mouse.data.offline import OfflineSource
 from torchrl_mouse.data.saving import replace_json
 from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import nn
+    from torch.optim.lr_scheduler import LRScheduler
     from torchrl.collectors import BaseCollector
     from torchrl.data import ReplayBuffer
     from torchrl.modules import EGreedyModule
@@ -29,75 +31,56 @@ if TYPE_CHECKING:
     from torchrl.record.loggers import Logger
 
 
-class OfflineSource:
-    """Stands where a :class:`~torchrl.trainers.Trainer` wants a collector when all data is stored already.
+class _Stepper(DefaultOptimizationStepper):
+    """Updates, then steps targets and schedule: a remote learner takes no hooks, but it does take this object."""
 
-    A ``Trainer`` advances by collected batches and counts their frames. Each of ours is empty and counts as one frame,
-    so that one frame is one update; the batch to learn from is drawn from the replay buffer by :meth:`sample`. The
-    state holds every random generator involved, which makes a resumed run equal to one that was never stopped (with
-    ``prefetch``, up to the batches that were in flight).
+    updates_replay_priority = True  # There are none, and a remote learner need not send them.
 
-    Args:
-        replay_buffer: where batches come from.
-        device: where batches are put; left where they are by default.
-
-    Examples:
-        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-        >>> buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(4), batch_size=2)
-        >>> _ = buffer.extend(TensorDict({"reward": torch.zeros(4, 1)}, [4]))
-        >>> source = OfflineSource(buffer)
-        >>> next(iter(source)).numel(), source.sample(TensorDict())["reward"].shape
-        (1, torch.Size([2, 1]))
-    """
-
-    init_random_frames = 0
-    requested_frames_per_batch = 1
-
-    def __init__(self, replay_buffer: ReplayBuffer, *, device: torch.device | None = None) -> None:
-        self.replay_buffer = replay_buffer
-        self.device = device
-        self._generator = torch.Generator()
-        replay_buffer.set_rng(self._generator)
-
-    def __iter__(self) -> Iterator[TensorDictBase]:
-        """Yields forever a batch that counts as one frame."""
-        while True:
-            yield TensorDict({}, [1])
-
-    def sample(self, _: TensorDictBase) -> TensorDictBase:
-        """Draws the batch of the next update."""
-        batch: TensorDictBase = self.replay_buffer.sample()
-        return batch if self.device is None else batch.to(self.device)
-
-    def set_seed(self, seed: int, static_seed: bool = False) -> int:
-        """Seeds the sampling of batches; returns the seed, which the trainer gives to torch and numpy."""
-        self._generator.manual_seed(seed)
-        return seed
-
-    def shutdown(self, *_: Any, **__: Any) -> None:
-        """Does nothing: there is no environment to close."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the states of the sampler and of the random generators."""
-        return {
-            "sampler": self.replay_buffer.sampler.state_dict(),
-            "sampling_rng": self._generator.get_state(),
-            "torch_rng": torch.get_rng_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned."""
-        self.replay_buffer.sampler.load_state_dict(state["sampler"])
-        self._generator.set_state(state["sampling_rng"])
-        torch.set_rng_state(state["torch_rng"])
-
-
-class _DetachingStepper(DefaultOptimizationStepper):
-    """Returns losses without their graphs, which the trainer's history would keep alive to the end."""
+    def __init__(self, target_updaters: tuple[TargetNetUpdater, ...], scheduler: LRScheduler | None) -> None:
+        super().__init__()
+        self.after = {str(number): updater for number, updater in enumerate(target_updaters)}
+        if scheduler is not None:
+            self.after["scheduler"] = scheduler
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        losses: TensorDictBase = super().step(trainer, sub_batch).detach()
-        return losses
+        losses: TensorDictBase = super().step(trainer, sub_batch)
+        for stepped in self.after.values():
+            stepped.step()
+        _mark(trainer.loss_module)
+        return losses.detach()  # The trainer's history would keep the graph alive to the end.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: stepped.state_dict() for name, stepped in self.after.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, stepped in self.after.items():
+            stepped.load_state_dict(state_dict[name])
+
+
+class _Trainer(Trainer):
+    """Gives a remote learner's weights to the policy, and the exploration, which the learner lacks, to the workers."""
+
+    exploration_module: EGreedyModule | None = None  # By this name it is part of checkpoints.
+
+    def _execution_weight_publication(self) -> Any:
+        return self._compose_execution_weight_publication(self.exploration_module)
+
+    def load_from_file(self, file: str | Path, **kwargs: Any) -> Trainer:
+        super().load_from_file(file, **kwargs)
+        self.fetch()
+        return self
+
+    def fetch(self) -> None:
+        """Loads a remote learner's weights into the loss, and so into the policy."""
+        if self.learner_backend == "ray":
+            self.loss_module.load_state_dict(self._execution_backend.state_dict()["ranks"][0]["loss_module"])
+            _mark(self.loss_module)
+
+
+def _mark(loss: LossModule) -> None:
+    """Tells the contexts on a loss's trunk that its weights have changed."""
+    if (mark := getattr(getattr(loss, "trunk", None), "mark_weight_update", None)) is not None:
+        mark()
 
 
 def update_weights(policy: nn.Module, collector: BaseCollector) -> None:
@@ -116,9 +99,8 @@ def update_weights(policy: nn.Module, collector: BaseCollector) -> None:
         >>> from torchrl.collectors import Collector
         >>> from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
         >>> from torchrl_mouse.models import MouseConfig, MouseModel
-        >>> embedding = {"max_num_actions": 5, "max_num_obs_continuous": 2, "max_num_obs_discrete": 9}
-        >>> model = MouseModel(MouseConfig(hidden_dim=16, window=32, backbone_kwargs={"num_layers": 1, "num_heads": 2},
-        ...                                embedding_kwargs=embedding, dqn_head_kwargs={}))
+        >>> sizes = {"max_num_actions": 5, "max_num_obs_discrete": 9}
+        >>> model = MouseModel(MouseConfig(hidden_dim=16, embedding_kwargs=sizes, dqn_head_kwargs={}))
         >>> env = TaskEnv(DarkRoomEnv(range(9), batch_size=2, size=3), episodes_per_task=2)
         >>> policy = model.actor(env.action_spec_unbatched)
         >>> collector = Collector(env, policy, frames_per_batch=8, total_frames=16)
@@ -138,7 +120,7 @@ def update_weights(policy: nn.Module, collector: BaseCollector) -> None:
 
 def warmup_cosine(
     optimizer: torch.optim.Optimizer, updates: int, *, warmup: int = 0, floor: float = 0.0
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> LRScheduler:
     """Makes a schedule that rises linearly, then falls along a cosine.
 
     Args:
@@ -213,7 +195,7 @@ def offline_trainer(
     updates: int,
     directory: str | Path,
     target_updaters: tuple[TargetNetUpdater, ...] = (),
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    scheduler: LRScheduler | None = None,
     clip_norm: float | None = 1.0,
     logger: Logger | None = None,
     log_interval: int = 10,
@@ -271,6 +253,7 @@ def offline_trainer(
     source = OfflineSource(replay_buffer, device=device)
     trainer = _make_trainer(
         directory,
+        optimization_stepper=_Stepper(target_updaters, scheduler),
         collector=source,
         total_frames=updates,
         optim_steps_per_batch=1,
@@ -285,9 +268,6 @@ def offline_trainer(
         log_interval=log_interval - 1,
     )
     trainer.register_op("process_optim_batch", source.sample)
-    _register_updates(trainer, target_updaters, scheduler)
-    if (mark := getattr(getattr(loss, "trunk", None), "mark_weight_update", None)) is not None:
-        trainer.register_op("post_optim", mark)  # Contexts that were cached before are out of date.
     return trainer
 
 
@@ -302,7 +282,7 @@ def online_trainer(
     updates_per_batch: int,
     directory: str | Path,
     target_updaters: tuple[TargetNetUpdater, ...] = (),
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    scheduler: LRScheduler | None = None,
     explore: EGreedyModule | None = None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     evaluation_interval: int = 50_000,
@@ -311,6 +291,8 @@ def online_trainer(
     checkpoint_interval: int = 50_000,
     seed: int = 0,
     progress_bar: bool = True,
+    learner_backend: Literal["local", "ray"] = "local",
+    learner_backend_options: Mapping[str, Any] | None = None,
 ) -> Trainer:
     """Builds a :class:`~torchrl.trainers.Trainer` that collects, stores and learns in turns.
 
@@ -320,7 +302,7 @@ def online_trainer(
     Args:
         loss: what is minimised, the sum of its entries that begin with ``loss``.
         collector: plays; its batches go to the buffer.
-        policy: what the collector plays with, given its weights after each batch.
+        policy: what the collector plays with, given its weights at the beginning and after each batch.
         replay_buffer: of a :class:`~torchrl_mouse.data.DatasetStore`, see
             :func:`~torchrl_mouse.data.replay_buffer`; the first batch has to end a task.
         optimizer: over ``loss.parameters()``.
@@ -337,9 +319,14 @@ def online_trainer(
         checkpoint_interval: frames between checkpoints, at least 1.
         seed: of torch, numpy, environments and sampling.
         progress_bar: show one.
+        learner_backend: ``"ray"`` learns in processes of their own, with TorchRL's remote learner. It takes a collector
+            with ``backend="ray"``, a buffer with ``service_backend="ray"``, a loss that knows its ``actor``, and as
+            policy that actor, followed by ``explore`` where there is one. The loss and the policy here get the learned
+            weights before ``evaluate`` and in the end.
+        learner_backend_options: TorchRL's, as ``world_size`` (ranks that share a batch) and ``resources_per_rank``.
 
     Raises:
-        ValueError: a number of frames, updates or an interval is below 1.
+        ValueError: a number of frames, updates or an interval is below 1, or the remote learner's loss has no actor.
 
     Examples:
         See ``examples/online_training.py``.
@@ -351,9 +338,15 @@ def online_trainer(
         evaluation_interval=evaluation_interval,
         checkpoint_interval=checkpoint_interval,
     )
+    if learner_backend == "ray" and not hasattr(loss, "value_network"):
+        raise ValueError(
+            f"online_trainer: loss must know its actor where learner_backend is 'ray', got {type(loss).__name__} "
+            "without. Give it as MouseDQNLoss(actor=)."
+        )
     replay_buffer.set_rng(torch.Generator().manual_seed(seed))
     trainer = _make_trainer(
         directory,
+        optimization_stepper=_Stepper(target_updaters, scheduler),
         collector=collector,
         total_frames=total_frames,
         optim_steps_per_batch=updates_per_batch,
@@ -366,11 +359,15 @@ def online_trainer(
         seed=seed,
         save_trainer_interval=checkpoint_interval,
         log_interval=1,
+        learner_backend=learner_backend,
+        learner_backend_options=learner_backend_options,
     )
-    trainer.register_op("batch_process", replay_buffer.extend)
-    trainer.register_op("process_optim_batch", lambda _: replay_buffer.sample())
-    _register_updates(trainer, target_updaters, scheduler)
-    trainer.register_op("post_steps", partial(update_weights, policy, collector))
+    trainer.exploration_module = explore
+    if learner_backend == "local":  # A remote learner does all of this by itself.
+        trainer.register_op("batch_process", replay_buffer.extend)
+        trainer.register_op("process_optim_batch", lambda _: replay_buffer.sample())
+        for stage in ("setup", "post_steps"):
+            trainer.register_op(stage, partial(update_weights, policy, collector))
 
     def after_batch(batch: TensorDictBase) -> dict[str, float]:
         if explore is not None:
@@ -378,10 +375,12 @@ def online_trainer(
         frames = trainer.collected_frames
         log = {} if explore is None else {"epsilon": float(explore.eps)}
         if evaluate is not None and frames // evaluation_interval > (frames - batch.numel()) // evaluation_interval:
+            trainer.fetch()
             log.update(evaluate())
         return log
 
     trainer.register_op("post_steps_log", after_batch)
+    trainer.register_op("shutdown", trainer.fetch)
     return trainer
 
 
@@ -391,27 +390,14 @@ def _check_counts(where: str, **counts: int) -> None:
             raise ValueError(f"{where}: {name} must be at least 1, got {value}.")
 
 
-def _make_trainer(directory: str | Path, **options: Any) -> Trainer:
-    return Trainer(
+def _make_trainer(directory: str | Path, **options: Any) -> _Trainer:
+    return _Trainer(
         frame_skip=1,
-        optimization_stepper=_DetachingStepper(),
         clip_grad_norm=True,
         checkpoint=Checkpoint(),
         checkpoint_rotation=CheckpointRotation(Path(directory, "checkpoints"), keep_last=2),
         **options,
     )
-
-
-def _register_updates(
-    trainer: Trainer,
-    target_updaters: tuple[TargetNetUpdater, ...],
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-) -> None:
-    for updater in target_updaters:
-        # `TargetNetUpdaterHook.register` would step once per collected batch, not once per update.
-        trainer.register_op("post_optim", TargetNetUpdaterHook(updater))
-    if scheduler is not None:
-        LRSchedulerHook(scheduler, interval="optim").register(trainer)
 
 
 def run(trainer: Trainer, *, resume: bool = True) -> bool:
@@ -435,6 +421,7 @@ def run(trainer: Trainer, *, resume: bool = True) -> bool:
     if newest is not None:
         trainer.load_from_file(newest)
     if trainer.collected_frames >= trainer.total_frames:
+        trainer.collector.shutdown()
         return False  # `Trainer.train` would make one more update.
     trainer.train()
     return True
