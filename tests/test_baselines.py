@@ -81,10 +81,10 @@ def test_backbone_is_a_gru_that_begins_at_zero(num_layers):
         out, returned = backbone(tokens[:, begin:end], positions[:, begin:end], kv_cache=cache)
         assert returned is cache
         assert_equal(out, expected[:, begin:end], 1e-12)
-    assert_equal(cache.key[:, :, 0, 0], state.transpose(0, 1), 1e-12)
+    assert_equal(cache.key[0][:, :, 0], state.transpose(0, 1), 1e-12)
     backbone.reset_kv_cache(cache, torch.tensor([True, False]))
-    assert cache.key[0].abs().max() == 0
-    assert cache.key[1].abs().max() > 0
+    assert cache.key[0][0].abs().max() == 0
+    assert cache.key[0][1].abs().max() > 0
 
 
 def test_contract_of_a_backbone():
@@ -92,9 +92,9 @@ def test_contract_of_a_backbone():
     assert (backbone.kind, backbone.hidden_dim, backbone.num_layers) == ("gru", 16, 2)
     assert backbone.max_seq_len > 10**9
     cache = backbone.new_kv_cache(3, capacity=100, dtype=torch.float64)
-    assert cache.key.shape == (3, 2, 1, 1, 16)
-    assert cache.key.dtype == torch.float64
-    assert backbone.new_kv_cache(1, device=torch.device("meta")).key.is_meta
+    assert cache.key[0].shape == (3, 2, 1, 16)
+    assert cache.key[0].dtype == torch.float64
+    assert backbone.new_kv_cache(1, device=torch.device("meta")).key[0].is_meta
     with pytest.raises(ValueError, match=r"GRUBackbone: positions must be given with kv_cache, got None"):
         backbone(torch.zeros(3, 1, 16), kv_cache=cache)
 

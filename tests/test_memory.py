@@ -49,8 +49,8 @@ result = {{
     "batches": sizes,
     "dims": max(map(len, shapes)),
     "length": model.trunk._cache.length.tolist(),
-    "cache": sum(part.numel() * part.element_size() for part in pool[:2]),
-    "touched": bool((pool.key[:, :, :, -1] != 0).all()),
+    "cache": sum(part.numel() * part.element_size() for part in pool.pools),
+    "touched": all(bool((part[:, :, -1] != 0).all()) for part in pool.key),
 }}
 print(json.dumps(result))
 """

@@ -57,7 +57,7 @@ class MouseConfig:
         gaussian_head_kwargs: options of the policy head for continuous actions.
         action_head: the head to act with; by default the first present, in this order.
         trunk_kwargs: further options of :class:`~torchrl_mouse.modules.Trunk` (``keys``, ``overflow``,
-            ``on_weight_update``, ``max_streams``); a nested key in ``keys`` may be a list, as JSON has it.
+            ``on_weight_update``, ``max_streams``, ``compile``); a nested key in ``keys`` may be a list, as in JSON.
 
     Raises:
         TypeError: an option has the wrong type, or does not exist.

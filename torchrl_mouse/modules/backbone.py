@@ -6,22 +6,24 @@ import copy
 import dataclasses
 import difflib
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Cache, LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3Model
+from transformers import LlamaConfig, LlamaModel, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3Model
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from torchrl_mouse.modules.checks import check_size
+from torchrl_mouse.modules.decoding import compiled_decode, decode
 from torchrl_mouse.modules.kv_cache import KeyValues
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
 BackboneKind = Literal["llama", "qwen3"]
 
@@ -62,28 +64,6 @@ MAX_SIZE, MAX_HEAD_DIM, MAX_LAYERS, MAX_PARAMETERS = 2**24, 2**14, 2**12, 10**11
 
 # Not cuDNN's, which has numerical issues (MOUSE switches it off everywhere).
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-
-
-class _RowCache(Cache):
-    """Shows `transformers` a :class:`KeyValues` in which every row has a length of its own."""
-
-    def __init__(self, key_values: KeyValues, positions: torch.Tensor) -> None:
-        super().__init__(layers=[])
-        self._kv = key_values
-        self._positions = positions  # (B, L)
-        rows = key_values.rows
-        self._rows = torch.arange(len(positions), device=positions.device) if rows is None else rows
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._write(self._kv.key, key_states, layer_idx), self._write(self._kv.value, value_states, layer_idx)
-
-    def _write(self, pool: torch.Tensor, states: torch.Tensor, layer: int) -> torch.Tensor:
-        rows = self._rows.unsqueeze(-1)
-        pool[rows, layer, :, self._positions] = states.transpose(1, 2).to(pool.dtype)  # (B, L, H, hd)
-        context = pool[:, layer] if self._kv.rows is None else pool[self._kv.rows, layer]
-        return context.to(states.dtype)
 
 
 def default_kind(head_dim: int | None) -> BackboneKind:
@@ -285,8 +265,11 @@ class CausalBackbone(nn.Module):
         """
         weight = self.model.layers[0].self_attn.k_proj.weight
         heads = int(self.model.config.num_key_value_heads)
-        shape = (batch_size, self.num_layers, heads, self.max_seq_len if capacity is None else capacity, self.head_dim)
-        key, value = (torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype) for _ in "kv")
+        shape = batch_size, heads, self.max_seq_len if capacity is None else capacity, self.head_dim
+        device, dtype = device or weight.device, dtype or weight.dtype
+        key, value = (
+            tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(self.num_layers)) for _ in "kv"
+        )
         return KeyValues(key, value)
 
     @staticmethod
@@ -297,8 +280,8 @@ class CausalBackbone(nn.Module):
             kv_cache: a cache from :meth:`new_kv_cache`.
             mask: bool ``[slots]``, true where to clear.
         """
-        for pool in kv_cache[:2]:
-            pool.masked_fill_(mask.view(-1, 1, 1, 1, 1), 0)
+        for pool in kv_cache.pools:
+            pool.masked_fill_(mask.view(-1, 1, 1, 1), 0)
         return kv_cache
 
     def forward(
@@ -324,11 +307,8 @@ class CausalBackbone(nn.Module):
         if kv_cache is not None:
             if positions is None:
                 raise ValueError("CausalBackbone: positions must be given with kv_cache, got None.")
-            index = torch.arange(kv_cache.key.shape[-2], device=features.device)
-            visible = (index <= positions.unsqueeze(-1)).unsqueeze(1)  # (B, 1, L, capacity)
-            with torch.no_grad():
-                out = self._run(features, positions, visible, _RowCache(kv_cache, positions))
-            return out, kv_cache
+            with torch.no_grad(), _attention_kernels(features):
+                return decode(self.model, features, positions, kv_cache), kv_cache
         if mask is None and positions is not None:
             length = features.shape[1]
             mask = (
@@ -336,24 +316,31 @@ class CausalBackbone(nn.Module):
                 .tril()
                 .expand(len(features), -1, -1)
             )
-        return self._run(features, positions, mask if mask is None else mask.unsqueeze(1), None), None
-
-    def _run(
-        self,
-        features: torch.Tensor,
-        positions: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        cache: _RowCache | None,
-    ) -> torch.Tensor:
+        mask = mask if mask is None else mask.unsqueeze(1)
         with sdpa_kernel(_ATTENTION):
-            out: torch.Tensor = self.model(
-                inputs_embeds=features,
-                position_ids=positions,
-                attention_mask=mask,
-                past_key_values=cache,
-                use_cache=False,
-            ).last_hidden_state
-        return out
+            out = self.model(inputs_embeds=features, position_ids=positions, attention_mask=mask, use_cache=False)
+        return out.last_hidden_state, None
+
+    def step(self, features: torch.Tensor, positions: torch.Tensor, kv_cache: KeyValues) -> torch.Tensor:
+        """Does what :meth:`forward` does with a cache, compiled.
+
+        It is meant for few new tokens a row, the same number at each call: another number is compiled anew.
+
+        Args:
+            features: ``[B, L, D]`` tokens.
+            positions: int64 ``[B, L]`` of each token in its context.
+            kv_cache: the contexts; keys and values are written into it at ``positions``, without gradient.
+
+        Returns:
+            ``[B, L, D]``.
+        """
+        with torch.no_grad(), _attention_kernels(features):
+            return compiled_decode(self.model, features, positions, kv_cache)
+
+
+def _attention_kernels(features: torch.Tensor) -> AbstractContextManager[None]:
+    # The CPU has none that is to be left out, and steps are so short there that saying so is felt.
+    return sdpa_kernel(_ATTENTION) if features.is_cuda else nullcontext()
 
 
 def _either(**spellings: int | None) -> int:

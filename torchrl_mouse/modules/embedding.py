@@ -318,7 +318,10 @@ class StepEmbedder(nn.Module):
             self.reward_embedder = FourierEmbedder(1, width, fourier_in_min, fourier_in_max, std)
         if include_done_token:
             self.done_embedder = TableEmbedder(_NUM_DONE_CODES, width, std, "done")
-        if not self.modalities:
+        prefixes = {"continuous": "obs_continuous", "discrete": "obs_discrete", "image": "obs_image"}
+        attributes = {name: f"{prefixes.get(name, name)}_embedder" for name in MODALITIES}
+        self._attributes = {name: attribute for name, attribute in attributes.items() if hasattr(self, attribute)}
+        if not self._attributes:
             raise ValueError("StepEmbedder: at least one modality must be included, got none.")
         if include_type_token:
             self.type_embedder = TableEmbedder(TokenType.COMPUTE, width, std, "token type")
@@ -350,13 +353,11 @@ class StepEmbedder(nn.Module):
     @property
     def modalities(self) -> dict[str, nn.Module]:
         """The active modalities' embedders, in the order of their tokens."""
-        prefixes = {"continuous": "obs_continuous", "discrete": "obs_discrete", "image": "obs_image"}
-        embedders = {name: f"{prefixes.get(name, name)}_embedder" for name in MODALITIES}
-        return {name: getattr(self, attribute) for name, attribute in embedders.items() if hasattr(self, attribute)}
+        return {name: getattr(self, attribute) for name, attribute in self._attributes.items()}
 
     def num_ids(self, modality: str) -> int:
         """Number of ids of a modality that has a table (``time``, ``discrete``, ``done``, ``action`` if discrete)."""
-        return int(self.modalities[modality].get_parameter("embed.weight").shape[0])
+        return int(self.get_parameter(f"{self._attributes[modality]}.embed.weight").shape[0])
 
     @property
     def token_types(self) -> list[TokenType]:
@@ -373,7 +374,7 @@ class StepEmbedder(nn.Module):
     @property
     def tokens_per_step(self) -> int:
         """Number ``N`` of tokens of one step."""
-        kinds = len(self.modalities) if self.concat_modalities else 1
+        kinds = len(self._attributes) if self.concat_modalities else 1
         return kinds * self.token_data_len + self.num_compute_tokens
 
     def forward(self, steps: Mapping[str, torch.Tensor]) -> torch.Tensor:

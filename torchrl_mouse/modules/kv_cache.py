@@ -12,6 +12,9 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+_MOVED_AT_ONCE = 2**22
+"""Bytes that are set aside while contexts are moved: next to nothing, and still few steps."""
+
 _Method = TypeVar("_Method", bound="Callable[..., Any]")
 
 
@@ -46,23 +49,28 @@ class KeyValues(NamedTuple):
     """Cached keys and values, as a backbone reads and writes them.
 
     Attributes:
-        key: ``[slots, layers, kv_heads, capacity, head_dim]``.
-        value: the same shape.
+        key: per layer ``[slots, kv_heads, capacity, head_dim]``, each with memory of its own.
+        value: the same shapes.
         rows: int64 ``[B]``, the slot of each row of the batch; ``None`` where row ``i`` is slot ``i``.
 
     Examples:
-        >>> pool = KeyValues(torch.zeros(3, 1, 2, 8, 4), torch.zeros(3, 1, 2, 8, 4))
-        >>> pool.narrow(5).key.shape
-        torch.Size([3, 1, 2, 5, 4])
+        >>> pool = KeyValues((torch.zeros(3, 2, 8, 4),), (torch.zeros(3, 2, 8, 4),))
+        >>> pool.map(lambda part: part[:2]).key[0].shape
+        torch.Size([2, 2, 8, 4])
     """
 
-    key: torch.Tensor
-    value: torch.Tensor
+    key: tuple[torch.Tensor, ...]
+    value: tuple[torch.Tensor, ...]
     rows: torch.Tensor | None = None
 
-    def narrow(self, length: int) -> KeyValues:
-        """Returns a view of the first ``length`` positions: attention then costs what is there, not what could be."""
-        return self._replace(key=self.key[..., :length, :], value=self.value[..., :length, :])
+    @property
+    def pools(self) -> tuple[torch.Tensor, ...]:
+        """The keys and the values of all layers."""
+        return self.key + self.value
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> KeyValues:
+        """Returns the results of a function for the keys and the values of each layer."""
+        return self._replace(key=tuple(map(function, self.key)), value=tuple(map(function, self.value)))
 
 
 class KVCache:
@@ -72,14 +80,18 @@ class KVCache:
     collectors, and rows may come in any order, any subset and from any number of collectors. Slots are added as
     streams appear, up to ``max_streams``; then the least recently used one is forgotten.
 
+    The memory of a layer is taken whole, for contexts of full length, and laid out for about what they hold: those of
+    the rows then lie one behind the other. Gaps between them would be as slow to read as what is there, since memory is
+    fetched ahead. An eighth more is laid out at a time, so the cost of a step is flat in between.
+
     Args:
-        new_kv_cache: allocates keys and values for a number of slots.
+        new_kv_cache: allocates keys and values, contiguous and all zero, for a number of slots.
         window: number of steps a context holds.
         max_streams: largest number of slots; may be raised later.
 
     Examples:
         >>> def allocate(slots):
-        ...     return KeyValues(*(torch.zeros(slots, 1, 1, 4, 2) for _ in "kv"))
+        ...     return KeyValues(*((torch.zeros(slots, 1, 4, 2),) for _ in "kv"))
         >>> cache = KVCache(allocate, window=4, max_streams=2)
         >>> cache.locate([11, 22], [True, True]).tolist()
         [0, 1]
@@ -103,6 +115,7 @@ class KVCache:
         self._new_kv_cache = new_kv_cache
         self._slots: OrderedDict[int, int] = OrderedDict()  # stream -> slot, least recently used first
         self._key_values: KeyValues | None = None
+        self._laid_out: KeyValues | None = None  # views of these, as long as the contexts need
         self._steps: dict[str, torch.Tensor] = {}
         self._last: tuple[list[int], torch.Tensor] | None = None
 
@@ -126,11 +139,12 @@ class KVCache:
         """
         streams, start = list(streams), torch.tensor(starts, dtype=torch.bool)
         rows = self._last[1] if self._last is not None and streams == self._last[0] else None
-        if rows is None or bool((self.length[rows[~start]] == 0).any()):  # the latter for the error
+        if rows is None or bool((self.length[rows] == 0).logical_and_(~start).any()):  # the latter for the error
             self._check(streams, starts)
             rows = torch.tensor(self._take(streams))
             self._last = streams, rows
-        self.length[rows[start]] = 0
+        if any(starts):
+            self.length[rows[start]] = 0
         return rows
 
     def forget(self, streams: Iterable[int]) -> None:
@@ -171,8 +185,8 @@ class KVCache:
             raise ValueError(f"KVCache: max_streams must be at least 2 to copy, got {self.max_streams}. Raise it.")
         old, new = self._take([source, target])
         self._last = None
-        assert self._key_values is not None
-        for pool in (self.length, self.version, *self._key_values[:2], *self._steps.values()):
+        assert self._laid_out is not None
+        for pool in (self.length, self.version, *self._laid_out.pools, *self._steps.values()):
             pool[new] = pool[old]
 
     def _check(self, streams: list[int], starts: Sequence[bool]) -> None:
@@ -215,44 +229,67 @@ class KVCache:
             return
         # Tensors made inside inference mode could not be written to outside of it.
         with torch.inference_mode(False):
+            whole, old = self._new_kv_cache(slots), self._laid_out
+            length = _room(1) if old is None else old.key[0].shape[-2]
+            new = whole.map(lambda pool: _lay_out(pool, length))
+            for pool, part in zip(new.pools, () if old is None else old.pools, strict=old is not None):
+                pool[: len(part)] = part
+            self._key_values, self._laid_out = whole, new
             self.length = torch.cat([self.length, self.length.new_zeros(more)])
             self.version = torch.cat([self.version, self.version.new_zeros(more)])
-            new, old = self._new_kv_cache(more), self._key_values
-            if old is not None:
-                new = KeyValues(torch.cat([old.key, new.key]), torch.cat([old.value, new.value]))
-            self._key_values = new
             for name, steps in self._steps.items():
                 self._steps[name] = torch.cat([steps, steps.new_zeros((more, *steps.shape[1:]))])
 
     def key_values(self, rows: torch.Tensor, length: int) -> KeyValues:
-        """Returns the keys and values of some slots, up to a number of positions.
+        """Returns the keys and values of some slots, up to a number of positions or a little more.
 
         Args:
             rows: int64 ``[B]`` slots, on the CPU.
             length: positions that are needed, at most the capacity.
         """
+        pool = self._reach(length, len(rows) == len(self.length))
+        device = pool.key[0].device
+        if not _is_run(rows):
+            return pool._replace(rows=rows.to(device))
+        if len(rows) == len(self.length):
+            return pool
+        first = int(rows[0])
+        return pool.map(lambda part: part[first : first + len(rows)])  # A view: no copy of contexts at each step.
+
+    def _reach(self, length: int, everyone: bool) -> KeyValues:
+        """Returns views of the first ``length`` positions or a little more; nothing is kept beyond if everyone's."""
         assert self._key_values is not None
-        in_order = torch.equal(rows, torch.arange(len(rows)))
-        pool = self._key_values.narrow(length)
-        if in_order:  # A view: no copy of the context at each step.
-            return KeyValues(pool.key[: len(rows)], pool.value[: len(rows)])
-        return pool._replace(rows=rows.to(pool.key.device))
+        assert self._laid_out is not None
+        most, now = self._key_values.key[0].shape[-2], self._laid_out.key[0].shape[-2]
+        need = min(_room(length), most)
+        if need > now or (everyone and 2 * need <= now):
+            try:
+                with torch.inference_mode(False):
+                    for pool, part in zip(self._key_values.pools, self._laid_out.pools, strict=True):
+                        _move(part, _lay_out(pool, need))
+                    self._laid_out = self._key_values.map(lambda pool: _lay_out(pool, need))
+            except BaseException:
+                self.length.zero_()  # Layers disagree: no context is an error, half of one would not be seen.
+                raise
+        return self._laid_out if need == now else self._laid_out.map(lambda part: part[:, :, :need])
 
     def remember(self, rows: torch.Tensor, steps: Mapping[str, torch.Tensor], counts: torch.Tensor) -> None:
         """Keeps the raw steps that were just encoded, and advances the contexts' lengths.
 
         Args:
             rows: int64 ``[B]`` slots, on the CPU.
-            steps: by modality, ``[B, T, ...]``.
+            steps: by modality, ``[B, T, ...]``, all on one device.
             counts: int64 ``[B]``, how many of the ``T`` steps of each row are real, on the CPU.
         """
         num = next(iter(steps.values())).shape[1]
-        at = self.length[rows].unsqueeze(-1) + torch.arange(num)
+        device = next(iter(steps.values())).device
+        at = (self.length[rows].unsqueeze(-1) + torch.arange(num)).to(device)
+        slots = rows.unsqueeze(-1).to(device)
         for name, values in steps.items():
             if name not in self._steps:
                 with torch.inference_mode(False):
                     self._steps[name] = values.new_zeros((len(self.length), self.window, *values.shape[2:]))
-            self._steps[name][rows.unsqueeze(-1).to(values.device), at.to(values.device)] = values
+            self._steps[name].index_put_((slots, at), values.to(self._steps[name].dtype))
         self.length[rows] += counts
 
     def recall(self, rows: torch.Tensor, counts: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -271,3 +308,51 @@ class KVCache:
         return {
             name: steps[rows.unsqueeze(-1).to(steps.device), at.to(steps.device)] for name, steps in self._steps.items()
         }
+
+
+def _is_run(rows: torch.Tensor) -> bool:
+    return len(rows) == 1 or bool((rows.diff() == 1).all())
+
+
+def run_order(rows: torch.Tensor) -> torch.Tensor | None:
+    """Returns the order in which slots follow one another, so that their contexts need not be copied.
+
+    Args:
+        rows: int64 ``[B]``, on the CPU.
+
+    Returns:
+        int64 ``[B]``; ``None`` where they do so already, or in no order.
+
+    Examples:
+        >>> run_order(torch.tensor([2, 3])), run_order(torch.tensor([3, 1])), run_order(torch.tensor([3, 2]))
+        (None, None, tensor([1, 0]))
+    """
+    if _is_run(rows):
+        return None
+    order = rows.argsort()
+    return order if _is_run(rows[order]) else None
+
+
+def _room(length: int) -> int:
+    """Returns the number of positions to lay out for ``length``: at most an eighth or 16 more."""
+    step = max(16, (1 << length.bit_length() - 1) // 8)
+    return -(-length // step) * step
+
+
+def _lay_out(pool: torch.Tensor, length: int) -> torch.Tensor:
+    """Returns the beginning of a pool's memory as contexts of ``length`` positions, one behind the other."""
+    slots, heads, capacity, width = pool.shape
+    length = min(length, capacity)
+    return pool.view(-1)[: slots * heads * length * width].view(slots, heads, length, width)
+
+
+def _move(old: torch.Tensor, new: torch.Tensor) -> None:
+    """Moves contexts from one layout of a pool's memory to another."""
+    kept = min(old.shape[2], new.shape[2])
+    some = max(1, _MOVED_AT_ONCE // (old[0].numel() * old.element_size()))
+    chunks = [slice(begin, begin + some) for begin in range(0, len(old), some)]
+    # In the order in which none is written over before it has been moved.
+    for chunk in reversed(chunks) if new.shape[2] > old.shape[2] else chunks:
+        contexts = old[chunk, :, :kept].clone()
+        new[chunk, :, :kept] = contexts
+        new[chunk, :, kept:] = 0  # What was another row's must not be seen, not even as NaN.

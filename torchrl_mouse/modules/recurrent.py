@@ -90,15 +90,11 @@ class GRUBackbone(nn.Module):
             dtype: that of the weights by default.
 
         Returns:
-            The states in the keys' place, ``[slots, layers, 1, 1, D]``, and values of size 0.
+            The states in the keys' place, ``[slots, layers, 1, D]``, and no values.
         """
         weight = next(self.model.parameters())
-        shape = (batch_size, self.num_layers, 1, 1)
-        key, value = (
-            torch.zeros((*shape, size), device=device or weight.device, dtype=dtype or weight.dtype)
-            for size in (self.hidden_dim, 0)
-        )
-        return KeyValues(key, value)
+        shape = batch_size, self.num_layers, 1, self.hidden_dim
+        return KeyValues((torch.zeros(shape, device=device or weight.device, dtype=dtype or weight.dtype),), ())
 
     reset_kv_cache = staticmethod(CausalBackbone.reset_kv_cache)
 
@@ -128,7 +124,7 @@ class GRUBackbone(nn.Module):
             return self._run(features, positions)[0], None
         if positions is None:
             raise ValueError("GRUBackbone: positions must be given with kv_cache, got None.")
-        states = kv_cache.key[:, :, 0, 0]  # (slots, layers, D)
+        states = kv_cache.key[0][:, :, 0]  # (slots, layers, D)
         rows = slice(None) if kv_cache.rows is None else kv_cache.rows
         with torch.no_grad():
             out, last = self._run(features, positions, states[rows].to(features.dtype))

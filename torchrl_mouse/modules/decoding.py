@@ -1,0 +1,132 @@
+"""New tokens against cached keys and values: the decoder layers of `transformers`, without their bookkeeping."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+    from torchrl_mouse.modules.kv_cache import KeyValues
+
+
+def decode(model: PreTrainedModel, features: torch.Tensor, positions: torch.Tensor, cache: KeyValues) -> torch.Tensor:
+    """Runs the decoder layers of a Llama or Qwen3 model over new tokens, and writes their keys and values.
+
+    It computes what ``model.forward`` does with a cache, and calls the same projections and norms. That one looks up
+    per layer how to attend, and builds masks for contexts of one length, which is most of a step of a small model.
+
+    Args:
+        model: the layers; its final norm is not applied.
+        features: ``[B, L, D]`` new tokens.
+        positions: int64 ``[B, L]``, each token's place in its context; what lies at later places is invisible.
+        cache: the contexts, longer than the largest position; written to in place.
+
+    Returns:
+        ``[B, L, D]``.
+
+    Examples:
+        >>> from torchrl_mouse.modules import CausalBackbone
+        >>> backbone = CausalBackbone(16, num_layers=1, num_heads=2)
+        >>> with torch.no_grad():
+        ...     decode(backbone.model, torch.zeros(3, 1, 16), torch.zeros(3, 1).long(), backbone.new_kv_cache(3)).shape
+        torch.Size([3, 1, 16])
+    """
+    batch, num, _ = features.shape
+    slots, heads, length, width = cache.key[0].shape
+    groups = model.config.num_attention_heads // heads
+    device = features.device
+    later = torch.arange(length, device=device) > positions.unsqueeze(-1)
+    mask = features.new_zeros(later.shape).masked_fill_(later, -math.inf).unsqueeze(1)  # (B, 1, L, length)
+    if num > 1 and groups > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    rows = torch.arange(slots, device=device) if cache.rows is None else cache.rows
+    # Writes by index, and not `scatter_`, which a compiler would make on a copy of all contexts.
+    places = rows.repeat_interleave(num).unsqueeze(1), torch.arange(heads, device=device), positions.reshape(-1, 1)
+    turns = _turns(model.rotary_emb, positions, features.dtype)
+    hidden = features.flatten(0, 1)  # (B * L, D)
+    for layer, keys, values in zip(model.layers, cache.key, cache.value, strict=True):
+        attention = layer.self_attn
+        query, key, value = _project(attention, layer.input_layernorm(hidden), turns)
+        keys.index_put_(places, key.to(keys.dtype))
+        values.index_put_(places, value.to(values.dtype))
+        if cache.rows is not None:  # Else a view: no copy of the contexts at each step.
+            keys, values = keys[rows], values[rows]
+        # Queries that share a key head become further queries of that head: its keys and values are not repeated.
+        query = query.view(batch, num, heads, groups, width).permute(0, 2, 3, 1, 4)
+        out = functional.scaled_dot_product_attention(
+            query.reshape(batch, heads, groups * num, width),
+            keys.to(query.dtype),
+            values.to(query.dtype),
+            attn_mask=mask,
+            dropout_p=attention.attention_dropout if attention.training else 0.0,
+            scale=attention.scaling,
+        )
+        out = out.view(batch, heads, groups, num, width).permute(0, 3, 1, 2, 4).reshape(batch * num, -1)
+        hidden = hidden + attention.o_proj(out)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden.view(batch, num, -1)
+
+
+@functools.cache
+def _compiled() -> Callable[..., torch.Tensor]:
+    return torch.compile(decode)  # Once for all models: those of one architecture share what is compiled.
+
+
+def compiled_decode(
+    model: PreTrainedModel, features: torch.Tensor, positions: torch.Tensor, cache: KeyValues
+) -> torch.Tensor:
+    """Does what :func:`decode` does, compiled at the first call for any number of rows and length of contexts.
+
+    A single row is compiled apart, and so is inference mode. What is rarer is left to :func:`decode`, since each kind
+    of view is another program to a compiler: rows in no order, or not from the first slot on, or whose contexts do not
+    lie one behind the other.
+
+    Args:
+        model: see :func:`decode`, as for the others.
+        features: ``[B, L, D]``.
+        positions: int64 ``[B, L]``.
+        cache: the contexts.
+
+    Returns:
+        ``[B, L, D]``.
+    """
+    first = cache.key[0]
+    if cache.rows is not None or first.storage_offset() or not first.is_contiguous():
+        return decode(model, features, positions, cache)
+    pools = () if hasattr(first, "_dynamo_weak_dynamic_indices") else cache.pools  # The same views serve many steps.
+    for rows in (features, positions, *pools):
+        torch._dynamo.maybe_mark_dynamic(rows, 0)
+    for pool in pools:
+        torch._dynamo.maybe_mark_dynamic(pool, 2)
+    return _compiled()(model, features, positions, cache)
+
+
+def _turns(rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns what :func:`_project` turns by: cosines and sines ``[B * L, 1, hd]``, the sines' first half negated."""
+    angles = positions.reshape(-1, 1, 1) * rotary.inv_freq.float()
+    cos, sin = ((turn * rotary.attention_scaling).to(dtype) for turn in (angles.cos(), angles.sin()))
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def _project(
+    attention: Any, hidden: torch.Tensor, turns: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns queries ``[B * L, heads, hd]``, and keys and values ``[B * L, kv_heads, hd]``, turned by position."""
+    shape = *hidden.shape[:1], -1, attention.head_dim
+    query = attention.q_proj(hidden).view(shape)
+    key, value = attention.k_proj(hidden).view(shape), attention.v_proj(hidden).view(shape)
+    if isinstance(attention, Qwen3Attention):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    both = torch.cat([query, key], 1)
+    both = both * turns[0] + both.roll(attention.head_dim // 2, -1) * turns[1]
+    heads = query.shape[1]
+    return both[:, :heads], both[:, heads:], value
