@@ -19,7 +19,7 @@ TINY = {
 def allocated(trunk) -> int:
     """Bytes of everything that the contexts hold on to."""
     cache = trunk._cache
-    tensors = [cache.length, cache.version, *cache._key_values[:2], *cache._steps.values()]
+    tensors = [cache.length, cache.version, *cache._key_values.pools, *cache._steps.values()]
     assert {name for name, value in vars(cache).items() if isinstance(value, torch.Tensor)} == {"length", "version"}
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
