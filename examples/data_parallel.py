@@ -29,6 +29,7 @@ from offline_training import (
     WEIGHT_DECAY,
     build_model,
     load,
+    make_store,
     sizes_of,
 )
 from torch import distributed
@@ -128,11 +129,7 @@ def main() -> None:
     try:
         dataset = load(arguments)
         sizes = sizes_of(dataset)
-        store = DatasetStore(
-            max_action_dim=sizes["actions"],
-            max_obs_continuous_dim=sizes["continuous"],
-            max_obs_discrete_dim=sizes["discrete"],
-        ).from_dataset(dataset, task=arguments.task)
+        store = make_store(dataset, sizes, arguments)
         torch.manual_seed(arguments.seed)
         model = build_model(sizes, ["dqn"], arguments.window, arguments.backbone)
         train(model, store, arguments)

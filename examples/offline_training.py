@@ -221,16 +221,22 @@ def options_of(arguments: argparse.Namespace, dataset: Dataset, sizes: dict[str,
     return {name: getattr(arguments, name) for name in names} | {"data set": dataset._fingerprint} | sizes | recipe
 
 
+def make_store(dataset: Dataset, sizes: dict[str, int], arguments: argparse.Namespace) -> DatasetStore:
+    """Opens a data set."""
+    store = DatasetStore(
+        max_action_dim=sizes["actions"],
+        max_obs_continuous_dim=sizes["continuous"],
+        max_obs_discrete_dim=sizes["discrete"],
+    )
+    return store.from_dataset(dataset, task=arguments.task)
+
+
 def main() -> None:
     """Trains, saves the model, and plays."""
     arguments = parse_arguments()
     dataset = load(arguments)
     sizes = sizes_of(dataset)
-    store = DatasetStore(
-        max_action_dim=sizes["actions"],
-        max_obs_continuous_dim=sizes["continuous"],
-        max_obs_discrete_dim=sizes["discrete"],
-    ).from_dataset(dataset, task=arguments.task)
+    store = make_store(dataset, sizes, arguments)
     print(f"{arguments.data}: {store}, {', '.join(f'{name} {size}' for name, size in sizes.items() if size)}")
     side = math.isqrt(sizes["discrete"])
     is_lake = sizes["actions"] == 4 and side > 1 and side**2 == sizes["discrete"]

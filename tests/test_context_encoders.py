@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_encoders import HIDDEN, INPUT, KINDS, OUTPUT, PER_TRANSITION, make, seeded  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,23 +18,6 @@ from torchrl_mouse.modules import (
     TransformerContextEncoder,
     fanin_init,
 )
-
-HIDDEN, INPUT, OUTPUT = [24, 24, 20], 5, 6
-KINDS = list(CONTEXT_ENCODERS)
-PER_TRANSITION = ["linear", "mlp", "attention"]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def make(kind, **kwargs):
-    """Of random last layers: what they hide is to be seen."""
-    encoder = CONTEXT_ENCODERS[kind](HIDDEN, INPUT, OUTPUT, **kwargs)
-    nn.init.normal_(encoder.last_fc.weight)
-    return encoder.eval()
-
 
 # --- the base
 

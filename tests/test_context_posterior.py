@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from small_encoders import HIDDEN, INPUT, KINDS, OUTPUT, PER_TRANSITION, make, seeded  # noqa: F401
 from tensordict import TensorDict
 from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictSequential
 from torch import nn
@@ -11,23 +12,7 @@ from torch.distributions import Normal
 from torch.nn import functional as F
 
 from torchrl_mouse.functional import gaussian_product, standard_normal_kl
-from torchrl_mouse.modules import CONTEXT_ENCODERS, ContextPosterior, make_context_encoder
-
-HIDDEN, INPUT, OUTPUT = [24, 24, 20], 5, 6
-KINDS = list(CONTEXT_ENCODERS)
-PER_TRANSITION = ["linear", "mlp", "attention"]
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
-def make(kind, **kwargs):
-    """Of random last layers: what they hide is to be seen."""
-    encoder = CONTEXT_ENCODERS[kind](HIDDEN, INPUT, OUTPUT, **kwargs)
-    nn.init.normal_(encoder.last_fc.weight)
-    return encoder.eval()
+from torchrl_mouse.modules import ContextPosterior, make_context_encoder
 
 
 def context(*shape):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.collectors import AsyncCollector, Collector, MultiAsyncCollector, MultiSyncCollector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import Transform, TransformedEnv
 from torchrl.modules import set_recurrent_mode
 from torchrl.trainers import Trainer
 from torchrl.weight_update import MultiProcessWeightSyncScheme
@@ -21,6 +23,8 @@ from torchrl_mouse.objectives import MouseDQNLoss
 from torchrl_mouse.recipes import update_weights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torchrl_mouse.models import MouseModel
 
 ROWS, STEPS = 2, 6  # steps of a batch; a task is longer than three
@@ -54,22 +58,24 @@ def window(trunk: Any, steps: TensorDict) -> torch.Tensor:
         return trunk(steps.select(*trunk.in_keys).clone())[schema.HIDDEN]
 
 
-def check(old: Any, trunk: Any, before: TensorDict, after: TensorDict) -> None:
-    """Steps ``before`` ran with the trunk as it was (``old``), those ``after``, of the same tasks, as it is now."""
-    steps = torch.cat([before, after], -1).reshape(-1, before.shape[-1] + after.shape[-1])
+def check(trunks: list[Any], batches: list[TensorDict]) -> None:
+    """Batches, of the same tasks one after another, ran each with the trunk as it was then."""
+    batches = [batch.reshape(-1, batch.shape[-1]) for batch in batches]
+    steps = torch.cat(batches, -1)
     assert steps[schema.IS_INIT].sum() == len(steps)
     assert steps[schema.IS_INIT][:, 0].all()
-    num = before.shape[-1]
-    torch.testing.assert_close(steps[schema.HIDDEN][:, :num], window(old, steps)[:, :num], atol=1e-5, rtol=0)
-    rebuilt = window(trunk, steps)[:, num:]
-    kept = copy.deepcopy(old)  # without contexts
-    kept.on_weight_update = "keep"
-    kept.append(steps[:, :num].clone())
-    kept.load_state_dict(trunk.state_dict())
-    kept = kept.append(steps[:, num:].clone())[schema.HIDDEN]
-    assert (rebuilt - kept).abs().amax((0, 2)).min() > 1e-3, "the weights must have changed visibly"
-    expected = rebuilt if trunk.on_weight_update == "rebuild" else kept
-    torch.testing.assert_close(steps[schema.HIDDEN][:, num:], expected, atol=1e-5, rtol=0)
+    keeps = copy.deepcopy(trunks[0])  # without contexts
+    keeps.on_weight_update = "keep"
+    begin = 0
+    for trunk, batch in zip(trunks, batches, strict=True):
+        rebuilt = window(trunk, steps)[:, begin : begin + batch.shape[-1]]
+        keeps.load_state_dict(trunk.state_dict())
+        kept = keeps.append(batch.clone())[schema.HIDDEN]
+        if begin:
+            assert (rebuilt - kept).abs().amax((0, 2)).min() > 1e-2, "the weights must have changed visibly"
+        expected = kept if trunk.on_weight_update == "keep" else rebuilt
+        torch.testing.assert_close(batch[schema.HIDDEN], expected, atol=1e-5, rtol=1e-5)
+        begin += batch.shape[-1]
 
 
 # What changes the weights, in one process
@@ -80,12 +86,17 @@ def by_hand(model, loss):
     model.trunk.mark_weight_update()
 
 
-def by_optimizer(model, loss, fused):
+def optimize(loss, fused):
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.1, fused=fused)
     steps = make_env(3).rollout(6)
     out = loss(steps)
     sum(value for name, value in out.items() if name.startswith("loss")).backward()
     optimizer.step()
+    optimizer.zero_grad()
+
+
+def by_optimizer(model, loss, fused):
+    optimize(loss, fused)
     model.trunk.mark_weight_update()
 
 
@@ -127,7 +138,7 @@ def test_contexts_after_a_change(change, choice, make_model):
     old, before = copy.deepcopy(model.trunk), env.rollout(STEPS, actor)
     CHANGES[change](model, loss)
     after = env.rollout(STEPS, actor, auto_reset=False, tensordict=before[:, -1]["next"].clone())
-    check(old, model.trunk, before, after)
+    check([old, model.trunk], [before, after])
 
 
 def test_a_checkpoint_with_the_same_number_is_other_weights(make_model):
@@ -139,7 +150,7 @@ def test_a_checkpoint_with_the_same_number_is_other_weights(make_model):
     assert torch.equal(model.trunk.weight_version, other.trunk.weight_version)
     model.load_state_dict(other.state_dict())
     after = env.rollout(STEPS, actor, auto_reset=False, tensordict=before[:, -1]["next"].clone())
-    check(old, model.trunk, before, after)
+    check([old, model.trunk], [before, after])
 
 
 def test_going_back_to_a_checkpoint_and_on_is_new(make_model):
@@ -155,7 +166,7 @@ def test_going_back_to_a_checkpoint_and_on_is_new(make_model):
     assert int(model.trunk.weight_version) == 1
     model.trunk.mark_weight_update()
     after = env.rollout(STEPS, actor, auto_reset=False, tensordict=before[:, -1]["next"].clone())
-    check(old, model.trunk, before, after)
+    check([old, model.trunk], [before, after])
 
 
 # Collectors
@@ -176,22 +187,44 @@ def collector_with_policy_of_its_own(model: MouseModel, **options: Any) -> Colle
     return Collector(make_env(1), policy_factory=factory, **options)
 
 
-def make_collector(kind: str, model: MouseModel) -> tuple[Any, Any]:
+class Gate(Transform):
+    """Holds an environment in another process at the steps for which there is a file, and says so by a second file."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.steps = folder, 0
+
+    def _step(self, tensordict: TensorDict, next_tensordict: TensorDict) -> TensorDict:
+        hold, here = self.folder / f"hold-{self.steps}", self.folder / f"here-{self.steps}"
+        self.steps += 1
+        if hold.exists():
+            here.touch()
+            while hold.exists():
+                time.sleep(0.002)
+        return next_tensordict
+
+
+def make_gated_env(folder: Path) -> TransformedEnv:
+    return TransformedEnv(make_env(1), Gate(folder))
+
+
+def make_collector(kind: str, model: MouseModel, folder: Path | None = None) -> tuple[Any, Any]:
     """Returns a collector, and the policy whose weights it is to be given."""
     actor, env = actor_of(model), partial(make_env, 1)
     frames = {"frames_per_batch": ROWS * STEPS, "total_frames": 4 * ROWS * STEPS}
+    if "pipes" in kind:
+        frames["weight_sync_schemes"] = {"policy": MultiProcessWeightSyncScheme()}
     if kind == "Collector":
         return Collector(env, actor, **frames), actor
     if kind == "Collector, own policy":
         return collector_with_policy_of_its_own(model, **frames), actor
-    if kind == "AsyncCollector":
-        return AsyncCollector(env, actor, **frames), actor
-    if kind == "MultiAsyncCollector":
+    if "Async" in kind:
+        env = partial(make_gated_env, folder)
+        if kind == "AsyncCollector":
+            return AsyncCollector(env, actor, **frames), actor
         return MultiAsyncCollector([env], actor, **frames), actor
-    two = {name: 2 * value for name, value in frames.items()}
-    if "pipes" in kind:
-        two["weight_sync_schemes"] = {"policy": MultiProcessWeightSyncScheme()}
-    return MultiSyncCollector([env, partial(make_env, 2)], actor, cat_results="stack", **two), actor
+    frames.update({name: 2 * value for name, value in frames.items() if isinstance(value, int)})
+    return MultiSyncCollector([env, partial(make_env, 2)], actor, cat_results="stack", **frames), actor
 
 
 @pytest.mark.timeout(180)
@@ -203,57 +236,54 @@ def make_collector(kind: str, model: MouseModel) -> tuple[Any, Any]:
         ("Collector, own policy", "rebuild"),
         ("Collector, own policy", "keep"),
         ("MultiSyncCollector", "rebuild"),
-        ("MultiSyncCollector, not shared", "keep"),
+        ("MultiSyncCollector", "keep"),
+        ("MultiSyncCollector, not shared", "rebuild"),
         ("MultiSyncCollector, pipes, not shared", "rebuild"),
+        ("MultiAsyncCollector", "rebuild"),
+        ("MultiAsyncCollector", "keep"),
+        ("AsyncCollector", "rebuild"),
     ],
 )
-def test_update_weights_between_batches(kind, choice, make_model):
+def test_changes_while_a_collector_plays(kind, choice, make_model, tmp_path):
+    """An optimiser's step, a fused one's and a loaded state, one after another in the same tasks.
+
+    Workers that play on while a batch is looked at are held in the step after it, so that they see a change at a known
+    time: its hidden state has been computed then.
+    """
     model = with_choice(make_model(), choice)
-    old, batches = copy.deepcopy(model.trunk), []
-    collector, policy = make_collector(kind, model)
+    plays_on = "Async" in kind
+    changes = STEPS + plays_on, 2 * STEPS + plays_on, 3 * STEPS + plays_on
+    holds = [tmp_path / f"hold-{step - 1}" for step in changes]
+    for hold in holds if plays_on else ():
+        hold.touch()
+    trunks, batches = [copy.deepcopy(model.trunk)], []
+    collector, policy = make_collector(kind, model, tmp_path)
     try:
         if "not shared" in kind:  # TorchRL's workers read the very weights that are trained, unless these are replaced
             unshare(model)
+        loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk, delay_value=False)
         for batch in collector:
             batches.append(batch.clone())
-            if len(batches) == 2:
+            number = len(batches) - 1
+            if number == len(changes):
                 break
-            change_weights(model)
-            update_weights(policy, collector)
+            while plays_on and not holds[number].with_name(f"here-{changes[number] - 1}").exists():
+                time.sleep(0.002)
+            if number < 2:
+                optimize(loss, fused=number == 1)
+                update_weights(policy, collector)
+            else:  # by TorchRL's own call
+                by_state_dict(model, loss)
+                collector.update_policy_weights_(TensorDict.from_module(policy) if "own" in kind else None)
+            trunks.append(copy.deepcopy(model.trunk))
+            holds[number].unlink(missing_ok=True)
     finally:
+        for hold in holds:
+            hold.unlink(missing_ok=True)
         collector.shutdown()
         del collector  # one that a failed test keeps alive until the interpreter exits hangs it there
-    assert int(model.trunk.weight_version) == 1
-    check(old, model.trunk, *batches)
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("kind", "choice"),
-    [("MultiAsyncCollector", "rebuild"), ("MultiAsyncCollector", "keep"), ("AsyncCollector", "rebuild")],
-)
-def test_update_weights_while_workers_play(kind, choice, make_model):
-    """The workers have played on when a batch arrives: what comes two batches later is of the new weights alone."""
-    model = with_choice(make_model(), choice)
-    old = copy.deepcopy(model.trunk)
-    collector, policy = make_collector(kind, model)
-    batches = []
-    try:
-        for batch in collector:
-            batches.append(batch.clone())
-            if len(batches) == 3:
-                break
-            if len(batches) == 1:
-                change_weights(model)
-                update_weights(policy, collector)
-    finally:
-        collector.shutdown()
-        del collector
     steps = torch.cat(batches, -1)
-    hidden, last = steps[schema.HIDDEN], slice(2 * STEPS, None)
-    assert (hidden - window(old, steps))[:, last].abs().amax((0, 2)).min() > 1e-3
-    gaps = (hidden - window(model.trunk, steps))[:, last].abs().amax((0, 2))
-    assert gaps.max() < 1e-5 if choice == "rebuild" else gaps.min() > 1e-3
+    check(trunks, list(steps.tensor_split(changes, -1)))
 
 
 def test_without_the_update_a_collector_goes_on_with_old_keys(make_model):
@@ -267,7 +297,7 @@ def test_without_the_update_a_collector_goes_on_with_old_keys(make_model):
         change_weights(model)
         collector.update_policy_weights_()
         after = next(batches).clone()
-        check(old, with_choice(model, "keep").trunk, before, after)
+        check([old, with_choice(model, "keep").trunk], [before, after])
     finally:
         collector.shutdown()
 

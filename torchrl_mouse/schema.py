@@ -34,6 +34,9 @@ Q_STAR: NestedKey = "q_star"
 ACTION_MASK: NestedKey = "action_mask"
 MASK: NestedKey = ("collector", "mask")
 HIDDEN: NestedKey = "hidden"
+POSTERIOR_LOC: NestedKey = "posterior_loc"
+POSTERIOR_SCALE: NestedKey = "posterior_scale"
+LATENT: NestedKey = "latent"
 
 MODALITY_KEYS: dict[str, NestedKey] = {
     "time": EPISODE_STEP,

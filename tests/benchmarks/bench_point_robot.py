@@ -16,6 +16,7 @@ with the rows.
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -69,32 +70,14 @@ def plain_step(envs: list[Normalised], actions: np.ndarray) -> None:
             env.step(action)
 
 
-def plain_rollout(envs: list[Normalised], random: np.random.RandomState) -> list[dict[str, Any]]:
-    paths = []
-    for env in envs:
-        observation, steps = env.reset(), []
-        for _ in range(STEPS):
-            action = random.uniform(-1, 1, size=2)
-            following, reward, done, extras = env.step(action)
-            steps.append((observation, action, reward, following, done, extras))
-            observation = following
-        columns = zip(*steps, strict=True)
-        names = ("observation", "action", "reward", "next_observation", "done")
-        path: dict[str, Any] = {name: np.array(column) for name, column in zip(names, columns, strict=False)}
-        paths.append({**path, "extras": [step[-1] for step in steps]})
-    return paths
-
-
-def plain_play(envs: list[Normalised], network: torch.nn.Module) -> list[dict[str, Any]]:
+def plain_rollout(
+    envs: list[Normalised], choose: Callable[[np.ndarray, torch.Tensor], np.ndarray]
+) -> list[dict[str, Any]]:
     paths = []
     for env in envs:
         observation, latent, steps = env.reset(), torch.randn(1, LATENT), []
         for _ in range(STEPS):
-            frame = torch.cat([torch.from_numpy(observation[None]).float(), latent], -1)
-            with torch.no_grad():
-                mean, log_scale = network(frame).chunk(2, -1)
-                action = torch.tanh(torch.normal(mean, log_scale.clamp(-20, 2).exp()))
-            action = action.numpy()[0]
+            action = choose(observation, latent)
             following, reward, done, extras = env.step(action)
             steps.append((observation, action, reward, following, done, extras))
             observation = following
@@ -103,6 +86,13 @@ def plain_play(envs: list[Normalised], network: torch.nn.Module) -> list[dict[st
         path: dict[str, Any] = {name: np.array(column) for name, column in zip(names, columns, strict=False)}
         paths.append({**path, "extras": [step[-1] for step in steps]})
     return paths
+
+
+@torch.no_grad()
+def plain_actor(network: nn.Module, observation: np.ndarray, latent: torch.Tensor) -> np.ndarray:
+    frame = torch.cat([torch.from_numpy(observation[None]).float(), latent], -1)
+    mean, log_scale = network(frame).chunk(2, -1)
+    return torch.tanh(torch.normal(mean, log_scale.clamp(-20, 2).exp())).numpy()[0]
 
 
 def batched_play(env: PointRobotEnv, actor: TensorDictModuleBase) -> TensorDictBase:
@@ -140,6 +130,7 @@ def seconds(variants: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    random = np.random.RandomState(0)
     actor = latent_actor(2, 2, LATENT)
     layers = (nn.Linear(2 + LATENT, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU())
     network = nn.Sequential(*layers, nn.Linear(300, 4))
@@ -148,7 +139,6 @@ def main() -> None:
     for sparse in (False, True):
         for rows in ROWS:
             goals = point_robot_goals(rows, sparse=sparse)
-            random = np.random.RandomState(0)
             plain = [Normalised(Point(goal, random, sparse)) for goal in goals.double().numpy()]
             batched = PointRobotEnv(goals, sparse=sparse, max_steps=STEPS, seed=0)
             ready = Ready(goals, sparse=sparse, max_steps=STEPS, seed=0)
@@ -159,10 +149,10 @@ def main() -> None:
                     "plain step": lambda plain=plain, given=given: plain_step(plain, given),
                     "batched step": lambda batched=batched, actions=actions: batched_step(batched, actions),
                     "floor step": lambda ready=ready, actions=actions: batched_step(ready, actions),
-                    "plain rollout": lambda plain=plain, random=random: plain_rollout(plain, random),
+                    "plain rollout": lambda plain=plain: plain_rollout(plain, lambda *_: random.uniform(-1, 1, size=2)),
                     "batched rollout": lambda batched=batched: batched.rollout(STEPS),
                     "floor rollout": lambda ready=ready: ready.rollout(STEPS),
-                    "plain play": lambda plain=plain: plain_play(plain, network),
+                    "plain play": lambda plain=plain: plain_rollout(plain, partial(plain_actor, network)),
                     "batched play": lambda batched=batched: batched_play(batched, actor),
                     "floor play": lambda ready=ready: batched_play(ready, actor),
                 }

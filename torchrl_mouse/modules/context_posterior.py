@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from torchrl_mouse.functional import gaussian_product
 from torchrl_mouse.modules.encoder_files import encode_context
-from torchrl_mouse.schema import require
+from torchrl_mouse.schema import LATENT, POSTERIOR_LOC, POSTERIOR_SCALE, require
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +56,7 @@ class ContextPosterior(TensorDictModuleBase):
         self,
         encoder: nn.Module,
         in_keys: Sequence[NestedKey] = (("context", "observation"), ("context", "action"), ("context", "reward")),
-        out_keys: Sequence[NestedKey] = ("posterior_loc", "posterior_scale"),
+        out_keys: Sequence[NestedKey] = (POSTERIOR_LOC, POSTERIOR_SCALE),
     ) -> None:
         super().__init__()
         size = getattr(encoder, "output_size", None)
@@ -123,8 +123,8 @@ def sample_latent() -> ProbabilisticTensorDictModule:
         ['posterior_loc', 'posterior_scale']
     """
     return ProbabilisticTensorDictModule(
-        in_keys={"loc": "posterior_loc", "scale": "posterior_scale"},
-        out_keys=["latent"],
+        in_keys={"loc": POSTERIOR_LOC, "scale": POSTERIOR_SCALE},
+        out_keys=[LATENT],
         distribution_class=torch.distributions.Normal,
         default_interaction_type=InteractionType.RANDOM,
     )

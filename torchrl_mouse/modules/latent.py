@@ -12,12 +12,11 @@ from torchrl.modules import ProbabilisticActor, TanhNormal, ValueOperator
 
 from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.encoder_files import fanin_init
-from torchrl_mouse.schema import ACTION, OBSERVATION
+from torchrl_mouse.schema import ACTION, LATENT, OBSERVATION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-LATENT = "latent"
 HIDDEN_SIZES = (300, 300, 300)
 _HIDDEN_BIAS = 0.1
 

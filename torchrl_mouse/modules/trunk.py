@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -214,7 +215,8 @@ class Trunk(TensorDictModuleBase):
     def mark_weight_update(self) -> None:
         """Says that the weights have changed; contexts are then treated as ``on_weight_update`` says.
 
-        :meth:`load_state_dict` needs no call, that of a loss does. See :func:`~torchrl_mouse.recipes.update_weights`.
+        :meth:`load_state_dict` needs no call: it draws a version that no weights had, which travels to workers as the
+        weights do. That of a loss does. See :func:`~torchrl_mouse.recipes.update_weights`.
         """
         # An older checkpoint brings its number back: the next one must still be new.
         self._newest_version = self._newest_version.to(self.weight_version).maximum(self.weight_version) + 1
@@ -430,8 +432,8 @@ class Trunk(TensorDictModuleBase):
 
 
 def _loaded(trunk: Trunk, _: Any) -> None:
-    if trunk._cache is not None:
-        trunk._cache.version.fill_(-1)  # No version of ours: a new number could be that of a trainer's next weights.
+    # The loaded number may be that of other weights here, and one counted on from it that of a trainer's next ones.
+    trunk.weight_version.fill_(secrets.randbits(62))
 
 
 def _require_steps(tensordict: TensorDictBase) -> None:

@@ -93,9 +93,9 @@ class PEARLLoss(LossModule):
         action: NestedKey = schema.ACTION
         reward: NestedKey = "reward"
         terminated: NestedKey = "terminated"
-        posterior_loc: NestedKey = "posterior_loc"
-        posterior_scale: NestedKey = "posterior_scale"
-        latent: NestedKey = "latent"
+        posterior_loc: NestedKey = schema.POSTERIOR_LOC
+        posterior_scale: NestedKey = schema.POSTERIOR_SCALE
+        latent: NestedKey = schema.LATENT
         state_value: NestedKey = "state_value"
         state_action_value: NestedKey = "state_action_value"
 
