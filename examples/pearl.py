@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--encoder", default="mlp", help=f"{kinds}, or a file with a CustomContextEncoder")
     parser.add_argument("--budget", choices=BUDGETS, default="benchmark", help="small has fewer rows in an update")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of weights, latents, actions and starts")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="where networks learn")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where all of it runs")
+    parser.add_argument("--test", action="store_true", help="let the agent of the run so far meet the test tasks again")
     parser.add_argument("--output", type=Path, help="folder of the run; by default runs/pearl/ENV/ENCODER-BUDGET-SEED")
     parser.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
     arguments = parser.parse_args()
@@ -80,19 +82,21 @@ def parse_arguments() -> argparse.Namespace:
 class Agent:
     """The networks, and how they are used."""
 
-    def __init__(self, encoder: str, observation_dim: int, action_dim: int, benchmark: Benchmark) -> None:
-        self.benchmark = benchmark
+    def __init__(
+        self, encoder: str, observation_dim: int, action_dim: int, benchmark: Benchmark, device: str = "cpu"
+    ) -> None:
+        self.benchmark, self.device = benchmark, device
         size = observation_dim + action_dim + 1
         network = make_context_encoder(encoder, hidden_sizes=HIDDEN_SIZES, input_size=size, output_size=2 * LATENT_DIM)
         self.recurrent = getattr(network, "IS_RECURRENT", False)
-        self.posterior = ContextPosterior(network)
+        self.posterior = ContextPosterior(network).to(device)
         self.sample = sample_latent()
-        self.actor = latent_actor(observation_dim, action_dim, LATENT_DIM)
+        self.actor = latent_actor(observation_dim, action_dim, LATENT_DIM).to(device)
         self.loss = PEARLLoss(
             self.posterior,
             self.actor,
-            [latent_qvalue(observation_dim, action_dim, LATENT_DIM) for _ in range(2)],
-            latent_value(observation_dim, LATENT_DIM),
+            [latent_qvalue(observation_dim, action_dim, LATENT_DIM).to(device) for _ in range(2)],
+            latent_value(observation_dim, LATENT_DIM).to(device),
             gamma=benchmark.gamma,
             reward_scale=benchmark.reward_scale,
             kl_weight=benchmark.kl_weight,
@@ -106,7 +110,7 @@ class Agent:
     def infer(self, context: TensorDict | None) -> torch.Tensor:
         """Draws latents ``[tasks, Z]`` from the belief after a context ``[tasks, N]``; without one, from the prior."""
         if context is None:
-            return torch.randn(self.num_tasks, LATENT_DIM)
+            return torch.randn(self.num_tasks, LATENT_DIM, device=self.device)
         belief = self.posterior(TensorDict({"context": context}, [len(context)]))
         return self.sample(belief)["latent"]
 
@@ -114,8 +118,8 @@ class Agent:
 class Experience:
     """What has been seen in each training task: all of it for the critics, the newest for the context."""
 
-    def __init__(self, benchmark: Benchmark, *, recurrent: bool) -> None:
-        self.benchmark, self.recurrent = benchmark, recurrent
+    def __init__(self, benchmark: Benchmark, *, recurrent: bool, device: str = "cpu") -> None:
+        self.benchmark, self.device = benchmark, device
         self.replay = [self._buffer(benchmark.rows, RandomSampler()) for _ in range(benchmark.num_train)]
         self.context = []
         for _ in range(benchmark.num_train):
@@ -127,7 +131,7 @@ class Experience:
             self.context.append(self._buffer(rows, sampler))
 
     def _buffer(self, rows: int, sampler: Any) -> TensorDictReplayBuffer:
-        storage = LazyTensorStorage(self.benchmark.most_steps)
+        storage = LazyTensorStorage(self.benchmark.most_steps, device=self.device)
         return TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=rows)
 
     def draw(self) -> TensorDict:
@@ -137,6 +141,17 @@ class Experience:
         context = torch.stack([self.context[task].sample() for task in tasks])[:, : self.benchmark.context_rows]
         batch = TensorDict(batch.select("observation", "action", "next"), [len(tasks)])
         return batch.set("context", as_context(context, self.benchmark))
+
+    def remember(self, ids: torch.Tensor, steps: TensorDictBase) -> None:
+        """Adds transitions ``[len(ids), N]`` of tasks."""
+        for task, rows in zip(ids.tolist(), steps, strict=True):
+            self.replay[task].extend(rows)
+
+    def renew_context(self, ids: torch.Tensor, steps: TensorDictBase) -> None:
+        """Makes transitions ``[len(ids), N]`` the only context of their tasks; of a task that comes twice, the last."""
+        for task, rows in zip(ids.tolist(), steps, strict=True):
+            self.context[task].empty()
+            self.context[task].extend(rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns all transitions."""
@@ -165,36 +180,29 @@ def collect(
         agent: draws latents and actions.
         name: of the environment.
         tasks: all training tasks.
-        ids: which of them; one may come twice, and its context is then that of the last.
+        ids: which of them; one may come twice, and its context is then what was seen at the last time.
         experience: where transitions go.
         first: play the steps before the first iteration, with latents from the prior.
     """
     benchmark = agent.benchmark
     length = benchmark.max_steps
     prior = (benchmark.initial_steps if first else benchmark.prior_steps) // length
-    env = make_env(name, tasks[ids.repeat_interleave(prior)], benchmark)
+    env = make_env(name, tasks[ids.repeat_interleave(prior)], benchmark, agent.device)
     agent.forget(len(ids) * prior)
     steps = play(env, agent.actor, agent.infer(None), benchmark)
     seen = steps.reshape(len(ids), prior * length)
-    for task, rows in zip(ids.tolist(), seen, strict=True):
-        experience.replay[task].extend(rows)
-        if not first:
-            experience.context[task].empty()
-        experience.context[task].extend(rows)
-    if first:
-        return
-    env = make_env(name, tasks[ids], benchmark)
-    for budget, for_context in ((benchmark.posterior_steps, True), (benchmark.extra_steps, False)):
+    experience.remember(ids, seen)
+    env = make_env(name, tasks[ids], benchmark, agent.device)
+    phases = () if first else ((benchmark.posterior_steps, True), (benchmark.extra_steps, False))
+    for budget, for_context in phases:
         agent.forget(len(ids))
         for episode in range(budget // length):
             latent = agent.infer(draw_context(seen, agent) if episode else None)
             steps = play(env, agent.actor, latent, benchmark)
+            experience.remember(ids, steps)
             if for_context:
                 seen = torch.cat([seen, steps], 1)
-            for task, rows in zip(ids.tolist(), steps, strict=True):
-                experience.replay[task].extend(rows)
-                if for_context:
-                    experience.context[task].extend(rows)
+    experience.renew_context(ids, seen)
 
 
 def draw_context(seen: TensorDictBase, agent: Agent) -> TensorDict:
@@ -219,8 +227,8 @@ class Run:
         torch.manual_seed(arguments.seed)
         env = make_env(arguments.env, self.tasks[:1], self.benchmark)
         sizes = env.observation_spec["observation"].shape[-1], env.action_spec.shape[-1]
-        self.agent = Agent(arguments.encoder, *sizes, self.benchmark)
-        self.experience = Experience(self.benchmark, recurrent=self.agent.recurrent)
+        self.agent = Agent(arguments.encoder, *sizes, self.benchmark, arguments.device)
+        self.experience = Experience(self.benchmark, recurrent=self.agent.recurrent, device=arguments.device)
         self.optimizer = torch.optim.Adam(self.agent.loss.parameters(), lr=LEARNING_RATE, fused=True)
         self.updater = SoftUpdate(self.agent.loss, tau=TAU)
         self.history: list[dict[str, float]] = []
@@ -239,14 +247,14 @@ class Run:
             while len(self.history) < self.benchmark.iterations:
                 self.iterate(bar)
                 self.save()
-                save(self.arguments.env, self.history, self.arguments.output, self.title)
-        return save(self.arguments.env, self.history, self.arguments.output, self.title)
+                self.report()
+        return self.report()
 
-    @property
-    def title(self) -> str:
-        """Says what the run is."""
-        encoder = Path(self.arguments.encoder).stem
-        return f"{self.arguments.env}, {encoder} encoder, {self.arguments.budget} budget, seed {self.arguments.seed}"
+    def report(self) -> dict[str, float]:
+        """Writes results and plot; returns the figures that count."""
+        names = ("encoder", "budget", "seed")
+        options = {"environment": self.arguments.env} | {name: getattr(self.arguments, name) for name in names}
+        return save(options, self.history, self.arguments.output)
 
     def iterate(self, bar: tqdm) -> None:
         """Plays, learns and is tested."""
@@ -271,7 +279,7 @@ class Run:
     def update(self) -> TensorDictBase:
         """Makes a gradient step: encoder and critics first, then state value and actor."""
         loss = self.agent.loss
-        batch = self.experience.draw().to(self.arguments.device)
+        batch = self.experience.draw()
         critic = loss.critic_loss(batch)
         self.optimizer.zero_grad()
         (critic["loss_kl"] + critic["loss_qvalue"]).backward()
@@ -288,7 +296,7 @@ class Run:
         results = {}
         for kind, tasks in (("train", self.tasks), ("test", self.test_tasks)):
             self.agent.forget(len(tasks))
-            env = make_env(self.arguments.env, tasks, self.benchmark)
+            env = make_env(self.arguments.env, tasks, self.benchmark, self.arguments.device)
             returns, starts = meta_test(env, self.agent.actor, self.agent.infer, self.benchmark)
             results[f"{kind}_return"] = returns[:, -1].mean().item()
         results["first_episode"] = returns[:, 0].mean().item()
@@ -296,22 +304,41 @@ class Run:
             results["regret"] = regret(returns, starts, self.test_tasks)
         return results
 
+    def meet(self) -> str:
+        """Lets the agent of the last checkpoint meet the test tasks; returns a table of returns by episode."""
+        if not self.file.exists():
+            raise SystemExit(
+                f"{self.arguments.output} must hold a run with a finished iteration: train first, without --test"
+            )
+        self.load()
+        self.agent.loss.eval()
+        self.agent.forget(len(self.test_tasks))
+        env = make_env(self.arguments.env, self.test_tasks, self.benchmark, self.arguments.device)
+        returns, _ = meta_test(env, self.agent.actor, self.agent.infer, self.benchmark)
+        lines = [f"{'test task':<24}return of each episode"]
+        for task, row in zip(self.test_tasks.reshape(len(returns), -1).tolist(), returns.tolist(), strict=True):
+            name = ", ".join(f"{value:.2f}" for value in task)
+            lines.append(f"{name:<24}" + " ".join(f"{value:8.2f}" for value in row))
+        return "\n".join([*lines, f"{'mean':<24}" + " ".join(f"{value:8.2f}" for value in returns.mean(0).tolist())])
+
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""
         state = {name: getattr(self, name).state_dict() for name in ("experience", "optimizer")}
         state |= {"loss": self.agent.loss.state_dict(), "history": self.history, "random": torch.get_rng_state()}
+        state["cuda_random"] = torch.cuda.get_rng_state_all()  # of no devices where there is none
         part = self.file.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, self.file)
 
     def load(self) -> None:
         """Goes on from the checkpoint."""
-        state = torch.load(self.file, weights_only=False)
+        state = torch.load(self.file, weights_only=False, map_location="cpu")
         self.agent.loss.load_state_dict(state["loss"])
         for name in ("experience", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
         self.history = state["history"]
         torch.set_rng_state(state["random"])
+        torch.cuda.set_rng_state_all(state["cuda_random"])
 
 
 def main() -> None:
@@ -319,11 +346,19 @@ def main() -> None:
     arguments = parse_arguments()
     options = {"env": arguments.env, "encoder": arguments.encoder, "budget": arguments.budget, "seed": arguments.seed}
     options |= dataclasses.asdict(BUDGETS[arguments.budget][arguments.env])
+    if arguments.encoder.endswith(".py") and Path(arguments.encoder).is_file():
+        options["encoder file"] = hashlib.sha256(Path(arguments.encoder).read_bytes()).hexdigest()
     try:
         run = Run(arguments)
         claim(arguments.output, options, restart=arguments.restart)
     except (ValueError, TypeError, OSError, ImportError) as error:
+        # What went wrong inside an encoder's file is to be seen with its lines.
+        if arguments.encoder.endswith(".py") and "make_context_encoder" not in str(error) and "claim" not in str(error):
+            raise
         raise SystemExit(f"{error} (--env, --encoder, --output, --restart)") from None
+    if arguments.test:
+        print(run.meet())
+        return
     results = run.train()
     for name, value in results.items():
         print(f"{name}: {value:.3f}")

@@ -1,7 +1,7 @@
 """PEARL's gradient step as a plain loop over networks: what ours must equal, and is timed against.
 
 It does what the published code does at each step (arXiv 1903.08254): one network after the other, an optimizer for
-each, a KL divergence and a product of Gaussians for each task and dimension, and gradients of the critics' weights in
+each, a KL divergence and a product of Gaussians for each task, and gradients of the critics' weights in
 the actor's loss, which are thrown away.
 """
 
@@ -107,11 +107,7 @@ class PlainPEARL:
         loc, scale = self.infer(batch["context"])
         latent = loc + scale * torch.randn_like(scale)
         prior = Normal(torch.zeros(()), torch.ones(()))
-        kl = sum(
-            kl_divergence(Normal(mean, spread), prior)
-            for means, spreads in zip(loc, scale, strict=True)
-            for mean, spread in zip(means, spreads, strict=True)
-        )
+        kl = sum(kl_divergence(Normal(*task), prior).sum() for task in zip(loc, scale, strict=True))
         latent = torch.cat([task.repeat(rows, 1) for task in latent])
 
         observation, action = batch["observation"].flatten(0, 1), batch["action"].flatten(0, 1)

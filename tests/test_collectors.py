@@ -130,6 +130,9 @@ def test_collector_options_do_not_disturb_contexts(options, model, check_parity)
     check_parity(collect(env, actor_of(model, env), **options), rows=3)
 
 
+POLICY_ON_CUDA = {"policy_device": "cuda", "env_device": "cpu", "storing_device": "cpu"}
+
+
 @pytest.mark.parametrize("kind", ["single", "serial"])
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -137,8 +140,7 @@ def test_policy_on_another_device_than_the_environment(kind, model, check_parity
     env = LOCAL_ENVS[kind]()
     rows = env.batch_size.numel()
     model.cuda()
-    batches = collect(env, actor_of(model, env).cuda(), policy_device="cuda", env_device="cpu", storing_device="cpu")
-    check_parity(batches, rows=rows)
+    check_parity(collect(env, actor_of(model, env).cuda(), **POLICY_ON_CUDA), rows=rows)
 
 
 def test_policy_in_float64_reads_float32_steps(model, check_parity):
@@ -227,7 +229,15 @@ def test_transformed_parallel_env(parallel_env, model, check_parity):
     check_parity(collect(env, actor, close_env=False, policy_device="cpu", env_device="cpu"), rows=2)
 
 
-def collect_in_workers(policy: Any) -> list[TensorDict]:
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(120)
+def test_parallel_env_and_policy_on_different_devices(parallel_env, model, check_parity):
+    actor = actor_of(model, parallel_env).cuda()
+    check_parity(collect(parallel_env, actor, close_env=False, **POLICY_ON_CUDA), rows=2)
+
+
+def collect_in_workers(policy: Any, **options: Any) -> list[TensorDict]:
     """Collects with two workers, in batches of shape ``[workers, rows, T]``."""
     collector = MultiSyncCollector(
         [partial(SerialEnv, 2, workers(4)[:2]), partial(SerialEnv, 2, workers(4)[2:])],
@@ -235,6 +245,7 @@ def collect_in_workers(policy: Any) -> list[TensorDict]:
         frames_per_batch=4 * FRAMES // 3,
         total_frames=4 * FRAMES,
         cat_results="stack",
+        **options,
     )
     try:
         return [batch.clone() for batch in collector]
@@ -249,6 +260,14 @@ def test_multi_sync_collector(model, check_parity):
     actor = actor_of(model, env)
     env.rollout(3, actor, break_when_any_done=False)  # a used model: its cache must not reach the workers
     check_parity(collect_in_workers(actor), rows=4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.timeout(180)
+def test_multi_sync_collector_with_policy_on_another_device(model, check_parity):
+    actor = actor_of(model, make_task_env(1)).cuda()
+    check_parity(collect_in_workers(actor, **POLICY_ON_CUDA), rows=4)
 
 
 def test_two_collectors_that_take_turns_on_one_module(model, check_parity):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torchrl.collectors import AsyncCollector, Collector, Evaluator, MultiAsyncCollector
-from torchrl.envs import GymWrapper, InitTracker, SerialEnv
+from torchrl.envs import GymWrapper, InitTracker, ParallelEnv, SerialEnv
 from torchrl.envs.utils import step_mdp
 
 from torchrl_mouse import schema
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tensordict import TensorDictBase
+    from torchrl.envs import EnvBase
 
     from torchrl_mouse.models import MouseModel
 
 
-def make_env(rows: int = 2, seed: int = 0, episodes: int = 2) -> TaskEnv:
+def make_env(rows: int | tuple[()] = 2, seed: int = 0, episodes: int = 2) -> TaskEnv:
     return TaskEnv(DarkRoomEnv(range(9), batch_size=rows, size=3, max_steps=5, seed=seed), episodes_per_task=episodes)
 
 
@@ -71,32 +73,71 @@ def test_rows_of_a_batched_environment(rows, model, check):
     check(batches)
 
 
+def test_256_environments_in_series(model, check):
+    """Tasks of one episode, of three lengths."""
+
+    def worker(row: int) -> TaskEnv:
+        room = DarkRoomEnv(range(9), batch_size=(), size=3, max_steps=3 + row % 3, seed=row)
+        return TaskEnv(room, episodes_per_task=1)
+
+    env = SerialEnv(256, [partial(worker, row) for row in range(256)])
+    steps = env.rollout(8, actor_of(model), break_when_any_done=False)
+    assert steps.shape == (256, 8)
+    assert steps[schema.IS_INIT].sum((1, 2)).min() > 1, "tasks must end"
+    assert steps[schema.STREAM][:, 0].unique().numel() == 256 == len(model.trunk._cache)
+    check(steps)
+
+
 def test_more_rows_than_max_streams(model):
     model.trunk.max_streams = 6
     with pytest.raises(ValueError, match=r"at most max_streams=6 rows, got 7\. Raise max_streams"):
         make_env(7).rollout(2, actor_of(model))
 
 
-def test_partial_resets(model, check):
+def play_with_resets(env: EnvBase, actor: Any) -> TensorDictBase:
     """Some rows are reset in mid-task: their tasks begin anew, and the others go on."""
-    env, actor = make_env(4, episodes=4), actor_of(model)
     generator = torch.Generator().manual_seed(0)
     frame, frames = env.reset(), []
     with torch.no_grad():
         for t in range(18):
             if t in (4, 7, 13):
-                mask = torch.rand(4, 1, generator=generator) < 0.5
+                mask = torch.rand(*env.batch_size, 1, generator=generator) < 0.5
                 assert mask.any()
                 assert not mask.all()
                 fresh = env.reset(frame.clone().set("_reset", mask))
                 assert torch.equal(fresh[schema.IS_INIT], mask)
                 frame = fresh.exclude("_reset")
             step = env.step(actor(frame.clone()))
-            frames.append(step.exclude("next"))
+            frames.append(step.exclude("next").clone())
             frame = step_mdp(step)
-    steps = torch.stack(frames, 1)
+    steps = torch.stack(frames, -1)
     assert len({tuple(row) for row in steps[schema.IS_INIT].squeeze(-1).tolist()}) > 2
+    return steps
+
+
+@pytest.mark.parametrize(
+    "make", [partial(make_env, 4, episodes=4), partial(SerialEnv, 7, partial(make_env, (), episodes=4))]
+)
+def test_partial_resets(make, model, check):
+    check(play_with_resets(make(), actor_of(model)))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are forked")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_seven_environments_in_parallel(model, check):
+    # forked, since to start seven processes afresh takes more than a minute on two cores
+    env = ParallelEnv(7, partial(make_env, (), episodes=4), mp_start_method="fork")
+    try:
+        steps = play_with_resets(env, actor_of(model))
+        played = env.rollout(30, actor_of(model), break_when_any_done=False)
+    finally:
+        env.close(raise_if_closed=False)
     check(steps)
+    assert played.shape == (7, 30)
+    assert played[schema.STREAM].unique().numel() == 7 == len(model.trunk._cache)
+    assert (played[schema.IS_INIT].sum((1, 2)) > 1).any(), "tasks must end"
+    check(played)
 
 
 # Gymnasium's vector environments
@@ -123,16 +164,25 @@ class Steps(gymnasium.Env):
         return torch.tensor([self.left / 10, self.length / 10]).numpy()
 
 
+LENGTHS = (3, 5, 8)
+
+
 def vector_env(mode: AutoresetMode) -> GymWrapper:
-    vector = SyncVectorEnv([partial(Steps, length) for length in (3, 5, 8)], autoreset_mode=mode)
+    vector = SyncVectorEnv([partial(Steps, length) for length in LENGTHS], autoreset_mode=mode)
     return GymWrapper(vector, categorical_action_encoding=True)
 
 
-def make_vector_model(make_model: Callable[..., MouseModel]) -> MouseModel:
+def vector_env_of_processes(mode: AutoresetMode) -> GymWrapper:
+    """Of environments whose processes import Gymnasium alone, and so start soon."""
+    poles = [partial(gymnasium.make, "CartPole-v1", max_episode_steps=length) for length in LENGTHS]
+    return GymWrapper(AsyncVectorEnv(poles, autoreset_mode=mode), categorical_action_encoding=True)
+
+
+def make_vector_model(make_model: Callable[..., MouseModel], env: EnvBase) -> MouseModel:
     return make_model(
         embedding_kwargs={
-            "max_num_actions": 5,
-            "max_num_obs_continuous": 2,
+            "max_num_actions": env.action_spec.space.n,
+            "max_num_obs_continuous": env.observation_spec["observation"].shape[-1],
             "std": 1.0,
             "include_action_token": False,
             "include_reward_token": False,
@@ -141,19 +191,31 @@ def make_vector_model(make_model: Callable[..., MouseModel]) -> MouseModel:
     )
 
 
+@pytest.mark.timeout(120)
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED], ids=str)
-def test_vector_environment(mode, make_model, full_pass):
+@pytest.mark.parametrize("make", [vector_env, vector_env_of_processes])
+def test_vector_environment(make, mode, make_model, full_pass):
     """A task is an episode there; rows reset at different steps."""
-    model = make_vector_model(make_model)
-    env = vector_env(mode).append_transform(InitTracker()).append_transform(StreamTracker())
-    collector = Collector(env, actor_of(model), frames_per_batch=15, total_frames=90)
+    base = make(mode)
+    model = make_vector_model(make_model, base)
+    env = base.append_transform(InitTracker()).append_transform(StreamTracker())
+    actor = model.actor(env.action_spec_unbatched, temperature=1.0)
+    collector = Collector(env, actor, frames_per_batch=15, total_frames=90)
     try:
         steps = torch.cat([batch.clone() for batch in collector], -1)
     finally:
         collector.shutdown()
     starts = [row.nonzero().flatten().tolist() for row in steps[schema.IS_INIT].squeeze(-1)]
-    assert starts == [list(range(0, 30, length)) for length in (3, 5, 8)]
+    assert starts == [list(range(0, 30, length)) for length in LENGTHS]
     torch.testing.assert_close(steps[schema.HIDDEN], full_pass(model.trunk, steps), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"autoreset_mode": AutoresetMode.NEXT_STEP}], ids=["default", "explicit"])
+def test_vector_environment_that_resets_at_the_next_step(options):
+    """TorchRL refuses Gymnasium's default: a row's first step would be one whose action is ignored."""
+    vector = SyncVectorEnv([partial(Steps, length) for length in LENGTHS], **options)
+    with pytest.raises(RuntimeError, match=r"must be one of SAME_STEP or DISABLED .*AutoresetMode\.NEXT_STEP"):
+        GymWrapper(vector)
 
 
 @pytest.mark.parametrize("mode", [AutoresetMode.SAME_STEP, AutoresetMode.DISABLED], ids=str)

@@ -1,4 +1,4 @@
-"""The cache costs a collector its own size and no more."""
+"""The cache costs a collector its own size and no more, however long a task is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,8 +57,50 @@ print(json.dumps(result))
 """
 
 
+LONG_TASK = """
+import json
+from pathlib import Path
+import torch
+from torchrl.collectors import Collector
+from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
+from torchrl_mouse.models import MouseConfig, MouseModel
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+env = TaskEnv(DarkRoomEnv(range(9), batch_size=2, size=3, seed=0), steps_per_task=10_001)
+embedding = {"max_num_actions": 5, "max_num_obs_continuous": 2}
+backbone = {"num_layers": 1, "num_heads": 4, "head_dim": 64}
+model = MouseModel(
+    MouseConfig(16, window=256, embedding_kwargs=embedding, backbone_kwargs=backbone, dqn_head_kwargs={})
+)
+collector = Collector(env, model.actor(env.action_spec_unbatched), frames_per_batch=2 * 500, total_frames=2 * 10_000)
+resident, starts = [], 0
+for batch in collector:
+    starts += int(batch["is_init"].sum())
+    # the first number is the program's size, the second what is in memory, in pages of 4 KiB
+    resident.append(4096 * int(Path("/proc/self/statm").read_text().split()[1]))
+pools = model.trunk._cache._key_values.pools
+bytes_of_a_step = sum(pool.nbytes for pool in pools) // 256
+print(json.dumps([resident, starts, bytes_of_a_step]))
+collector.shutdown()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="a process's memory is read from Linux's /proc")
+@pytest.mark.timeout(300)
+def test_a_task_of_10000_steps_takes_the_memory_of_2000():
+    resident, starts, step = run(LONG_TASK)
+    assert len(resident) == 20
+    assert starts == 2, "there must be one task in each row"
+    assert 8_000 * step > 30 * MIB, "the keys and values of all steps must be seen"
+    assert max(resident[3:]) - resident[3] < 4 * MIB
+
+
 def collect(window: int) -> dict:
-    program = PROGRAM.format(rows=ROWS, frames=FRAMES, steps=FRAMES // ROWS, tokens=TOKENS_PER_STEP, window=window)
+    return run(PROGRAM.format(rows=ROWS, frames=FRAMES, steps=FRAMES // ROWS, tokens=TOKENS_PER_STEP, window=window))
+
+
+def run(program: str) -> Any:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

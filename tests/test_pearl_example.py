@@ -4,14 +4,19 @@ import importlib
 import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from plain_pearl import REWARD_SCALE, PlainPEARL, make_batch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
+from torchrl.envs import ExplorationType
+from torchrl.envs.utils import exploration_type
+from torchrl.record import CSVLogger
+from tqdm import tqdm
 
 from torchrl_mouse.envs import point_robot_oracle
 
@@ -83,20 +88,37 @@ def make_run(pearl, tmp_path):
     return make
 
 
-@pytest.mark.parametrize(
-    ("name", "steps", "updates", "tests"),
-    [
-        ("point-robot", 88_000, 20_000, 60),
-        ("sparse-point-robot", 408_000, 40_000, 400),
-        ("cheetah-vel", 160_000, 12_000, 600),
-    ],
-)
-def test_budget_is_the_benchmarks(benchmark_of, name, steps, updates, tests):
+# The benchmark's own table, row by row: point-robot, sparse-point-robot, cheetah-vel.
+TABLE = {
+    "num_train": (40, 40, 30),
+    "num_test": (10, 10, 10),
+    "max_steps": (20, 20, 200),
+    "iterations": (20, 40, 20),
+    "initial_steps": (200, 200, 2000),
+    "tasks_per_iteration": (10, 10, 5),
+    "prior_steps": (200, 100, 400),
+    "posterior_steps": (0, 900, 0),
+    "extra_steps": (200, 0, 600),
+    "updates": (1000, 1000, 600),
+    "meta_batch": (16, 16, 16),
+    "rows": (256, 256, 256),
+    "context_rows": (64, 1024, 100),
+    "gamma": (0.99, 0.9, 0.99),
+    "reward_scale": (100.0, 100.0, 5.0),
+    "kl_weight": (0.1, 1.0, 0.1),
+    "test_episodes": (3, 20, 3),
+    "exploration_episodes": (1, 5, 1),
+    "sparse": (False, True, False),
+    "training_steps": (88_000, 408_000, 160_000),
+}
+
+
+@pytest.mark.parametrize(("column", "name"), [(0, "point-robot"), (1, "sparse-point-robot"), (2, "cheetah-vel")])
+def test_budget_is_the_benchmarks(pearl, benchmark_of, column, name):
     budget = benchmark_of.BENCHMARKS[name]
-    assert budget.training_steps == steps
-    assert budget.iterations * budget.updates == updates
-    assert budget.test_episodes * budget.max_steps == tests
-    assert (budget.meta_batch, budget.rows) == (16, 256)
+    assert {field: getattr(budget, field) for field in TABLE} == {field: row[column] for field, row in TABLE.items()}
+    assert {field.name for field in fields(budget)} <= set(TABLE)
+    assert (pearl.LEARNING_RATE, pearl.TAU, pearl.HIDDEN_SIZES, benchmark_of.LATENT_DIM) == (3e-4, 0.005, [200] * 3, 5)
 
 
 def test_tasks_of_a_smaller_budget_are_the_benchmarks(benchmark_of):
@@ -173,11 +195,93 @@ def test_transitions_land_where_they_belong(pearl, make_run):
         torch.testing.assert_close(steps["next", "reward"], -distance, atol=1e-5, rtol=0)
 
 
-def test_extra_steps_are_no_context(pearl, make_run):
-    run = make_run("point-robot")
-    pearl.collect(run.agent, "point-robot", run.tasks, torch.tensor([1, 1]), run.experience, first=False)
-    assert len(run.experience.replay[1]) == 2 * run.benchmark.visit_steps
-    assert len(run.experience.context[1]) == run.benchmark.prior_steps  # the second visit's
+@pytest.mark.parametrize("env", ["point-robot", "sparse-point-robot"])
+def test_context_of_a_task_that_comes_twice_is_its_last_visits(pearl, make_run, env):
+    run = make_run(env)
+    budget = run.benchmark
+    pearl.collect(run.agent, env, run.tasks, torch.tensor([1, 1]), run.experience, first=False)
+    assert len(run.experience.replay[1]) == 2 * budget.visit_steps
+    # Extra steps are for the critics alone.
+    assert len(run.experience.context[1]) == budget.prior_steps + budget.posterior_steps
+    last = run.experience.replay[1][:].reshape(-1, 20)[-1]
+    is_there = any(torch.equal(last["action"], rows["action"]) for rows in run.experience.context[1][:].reshape(-1, 20))
+    assert is_there == bool(budget.posterior_steps)
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Notes each episode: exploration, mode, latents, and how large a context each latent was inferred from."""
+
+    def start(pearl, benchmark_of, run):
+        episodes, contexts = [], []
+        play, infer = benchmark_of.play, run.agent.infer
+
+        def noting_play(env, actor, latent, budget):
+            episodes.append((exploration_type(), run.agent.loss.training, latent.clone()))
+            return play(env, actor, latent, budget)
+
+        def noting_infer(context):
+            contexts.append(None if context is None else context.shape[1])
+            return infer(context)
+
+        for module in (pearl, benchmark_of):
+            monkeypatch.setattr(module, "play", noting_play)
+        monkeypatch.setattr(run.agent, "infer", noting_infer)
+        return episodes, contexts
+
+    return start
+
+
+def test_collection_plays_as_the_benchmark_says(pearl, benchmark_of, make_run, watch, monkeypatch):
+    run = make_run("sparse-point-robot")
+    pearl.collect(run.agent, "sparse-point-robot", run.tasks, torch.arange(4), run.experience, first=True)
+    monkeypatch.setattr(run, "update", lambda: TensorDict({}))
+    monkeypatch.setattr(run, "test", lambda: {"test_return": 0.0})
+    run.logger = CSVLogger("log", log_dir=str(run.arguments.output))
+    grown = []
+    draw = pearl.draw_context
+    monkeypatch.setattr(pearl, "draw_context", lambda seen, agent: grown.append(seen.shape[1]) or draw(seen, agent))
+    episodes, contexts = watch(pearl, benchmark_of, run)
+    run.iterate(tqdm(disable=True))
+    # All episodes with latents from the prior at once, then two by the belief, the first of which has none yet.
+    assert contexts == [None, None, 20]
+    assert grown == [40 + 20]  # the prior phase's two episodes, and the first by the belief
+    assert [kind for kind, _, _ in episodes] == [None] * 3  # random, as actors are by default
+    assert not any(training for _, training, _ in episodes)
+    assert [len(latent) for _, _, latent in episodes] == [4, 2, 2]
+    assert len(episodes[0][2].unique(dim=0)) == 4  # a latent of its own for each
+
+
+def test_tests_act_without_chance_on_drawn_latents(pearl, benchmark_of, make_run, watch):
+    run = make_run()
+    run.agent.loss.eval()
+    episodes, contexts = watch(pearl, benchmark_of, run)
+    run.test()
+    assert contexts == [None, 20, 40] * 2  # training tasks, then test tasks
+    assert {kind for kind, _, _ in episodes} == {ExplorationType.DETERMINISTIC}
+    first, second = (run.agent.infer(context) for context in [episode_context(benchmark_of, run)] * 2)
+    assert not torch.equal(first, second)  # drawn, not the belief's mean
+
+
+@torch.no_grad()
+def episode_context(benchmark_of, run):
+    env = benchmark_of.make_env("point-robot", run.test_tasks, run.benchmark)
+    run.agent.forget(2)
+    steps = benchmark_of.play(env, run.agent.actor, run.agent.infer(None), run.benchmark)
+    return benchmark_of.as_context(steps, run.benchmark)
+
+
+def test_update_is_the_plain_loops_step(pearl, make_run, monkeypatch):
+    run = make_run()
+    monkeypatch.setattr(run.agent.loss, "reward_scale", REWARD_SCALE)
+    reference, batch = PlainPEARL(run.agent.loss), make_batch(tasks=4, rows=8, context=6)
+    monkeypatch.setattr(run.experience, "draw", batch.clone)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        ours = run.update()
+        torch.manual_seed(seed)
+        for name, value in reference.step(batch).items():
+            torch.testing.assert_close(ours[name], value.detach(), rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "recurrent"])
@@ -297,6 +401,45 @@ def test_mujoco_is_not_installed(call, tmp_path, monkeypatch):
     assert 'pip install "torchrl-mouse[mujoco]"' in message
 
 
+def test_a_run_says_what_it_is_and_its_agent_can_be_met(call, tmp_path):
+    options = ("--budget", "smoke", "--encoder", "bayesian", "--output", tmp_path / "run")
+    assert "must hold a run with a finished iteration" in call(*options, "--test", fails=True)
+    call(*options)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert [results[name] for name in ("encoder", "budget", "seed")] == ["bayesian", "smoke", 42]
+    before = (tmp_path / "run/checkpoint.pt").read_bytes()
+    table = call(*options, "--test").splitlines()
+    assert len(table) == 4  # a line of names, two tasks, the mean
+    assert table[1].startswith("0.45, 0.59 ")
+    assert [len(line[24:].split()) for line in table[1:]] == [3, 3, 3]
+    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+
+
+def test_an_encoder_file_that_has_changed_is_no_resumption(call, tmp_path):
+    (tmp_path / "mine.py").write_text(ENCODER)
+    call("--encoder", tmp_path / "mine.py", "--budget", "smoke", "--output", tmp_path / "run")
+    (tmp_path / "mine.py").write_text(ENCODER.replace("output = self.fc(input)", "output = self.fc(input) * 0"))
+    said = call("--encoder", tmp_path / "mine.py", "--budget", "smoke", "--output", tmp_path / "run", fails=True)
+    assert "encoder file" in said
+
+
+def test_what_goes_wrong_in_an_encoder_file_is_seen_with_its_line(pearl, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(ENCODER.replace("self.fc(input)", "self.fc(input) + []"))
+    options = ["--encoder", str(tmp_path / "mine.py"), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["pearl.py", *options])
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        pearl.main()
+    assert any(str(entry.path).endswith("mine.py") for entry in caught.traceback)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("env", ["point-robot", "sparse-point-robot", "cheetah-vel"])
+def test_runs_and_resumes_on_a_gpu(call, tmp_path, env):
+    options = ("--env", env, "--budget", "smoke", "--device", "cuda", "--output", tmp_path / "run")
+    printed = call(*options)
+    assert call(*options) == printed
+
+
 def test_other_options_are_no_resumption(call, tmp_path):
     call("--budget", "smoke", "--output", tmp_path / "run")
     said = call("--budget", "smoke", "--seed", 7, "--output", tmp_path / "run", fails=True)
@@ -315,7 +458,7 @@ def test_a_reward_that_is_no_number_stops_the_run(make_run, pearl, monkeypatch):
         return batch
 
     monkeypatch.setattr(run.experience, "draw", spoiled)
-    with pytest.raises(ValueError, match="must be finite, got nan at task 1, row 2"):
+    with pytest.raises(ValueError, match=r"must be finite, got nan at \[1, 2, 0\]"):
         run.update()
 
 

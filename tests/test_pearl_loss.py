@@ -19,7 +19,14 @@ from tensordict.nn import TensorDictModule
 from torch.distributions import Normal
 from torchrl.objectives import SoftUpdate
 
-from torchrl_mouse.modules import ContextPosterior, latent_actor, latent_qvalue, latent_value, make_context_encoder
+from torchrl_mouse.modules import (
+    CONTEXT_ENCODERS,
+    ContextPosterior,
+    latent_actor,
+    latent_qvalue,
+    latent_value,
+    make_context_encoder,
+)
 from torchrl_mouse.objectives import PEARLLoss
 
 LOSSES = ("loss_kl", "loss_qvalue", "loss_value", "loss_actor")
@@ -184,7 +191,7 @@ def test_order_of_the_context_does_not_matter():
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("encoder", ["linear", "mlp", "recurrent", "attention", "transformer"])
+@pytest.mark.parametrize("encoder", CONTEXT_ENCODERS)
 def test_every_encoder_learns_from_the_critic(encoder):
     loss, batch = make_loss(width=16, encoder=encoder), small_batch()
     for _ in range(2):  # the second call finds what a recurrent one has kept
@@ -238,8 +245,35 @@ def test_other_entries_can_be_named():
 def test_a_reward_that_is_no_number(value):
     batch = small_batch()
     batch["next", "reward"][2, 5] = value
-    with pytest.raises(ValueError, match=r"\('next', 'reward'\).* must be finite, got (nan|inf) at task 2, row 5"):
+    with pytest.raises(ValueError, match=r"\('next', 'reward'\).* must be finite, got (nan|inf) at \[2, 5, 0\]"):
         small_loss()(batch)
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "bayesian"])
+def test_a_context_that_is_no_number(encoder):
+    batch = small_batch()
+    batch["context", "reward"][1, 3] = math.nan
+    with pytest.raises(ValueError, match=r"'posterior_loc' must be finite, got nan at \[1, 0\]"):
+        make_loss(width=16, encoder=encoder)(batch)
+
+
+@pytest.mark.parametrize("key", ["reward", "terminated"])
+def test_scalars_without_their_dimension(key):
+    batch = small_batch()
+    batch["next", key] = batch["next", key].squeeze(-1)
+    with pytest.raises(ValueError, match=rf"\('next', '{key}'\) must have shape \[3, 8, 1\], got \[3, 8\]"):
+        small_loss()(batch)
+
+
+@pytest.mark.parametrize("rows", [8, 5])
+def test_entries_by_keyword(rows):
+    """As many transitions as the context has, or fewer: the tasks are all that they share."""
+    loss, batch = small_loss(), small_batch(context=8, rows=rows)
+    torch.manual_seed(0)
+    expected = loss(batch)
+    torch.manual_seed(0)
+    entries = {"_".join(key) if isinstance(key, tuple) else key: batch[key] for key in loss.in_keys}
+    torch.testing.assert_close(loss(**entries)[loss.out_keys.index("loss_qvalue")], expected["loss_qvalue"])
 
 
 @pytest.mark.parametrize("missing", ["observation", "action", ("next", "terminated"), ("context", "reward")])

@@ -46,7 +46,7 @@ class PointRobotEnv(EnvBase):
         device: where it runs.
 
     Raises:
-        ValueError: an argument is out of range; in ``step``, the action's shape is wrong.
+        ValueError: an argument is out of range; in ``step``, the action's shape is wrong, or it holds NaN.
 
     Examples:
         >>> env = PointRobotEnv([[0.3, 0.4], [0.0, 0.2]], sparse=True)
@@ -147,6 +147,8 @@ class PointRobotEnv(EnvBase):
         if action.shape != self._position.shape:  # a wrong one would broadcast
             want, got = list(self._position.shape), list(action.shape)
             raise ValueError(f"PointRobotEnv: action must have shape {want}, got {got}. Fix the policy.")
+        if schema.can_look_at(action) and action.isnan().any():  # a position would never be found again
+            raise ValueError(f"PointRobotEnv: action must not be NaN, got {action.tolist()}. Fix the policy.")
         moved = self._position + _STEP * action.to(self._position.dtype).clamp(-1, 1)
         self._move(moved, self._steps + 1, tensordict.get("_step", None))
         truncated = (self._steps >= self._max_steps).unsqueeze(-1)

@@ -58,7 +58,15 @@ class ContextEncoder(PyTorchModule):
         Returns:
             ``[tasks, N, output_size]``, a Gaussian for each transition, or ``[tasks, output_size]``, one for each
             task; without the dimension of tasks if the input has none.
+
+        Raises:
+            ValueError: the input has another shape.
         """
+        if input.ndim not in (2, 3) or not input.shape[-2] or input.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{type(self).__name__}: input must be [tasks, N, {self.input_size}] or [N, {self.input_size}] with N "
+                f"at least 1, got {list(input.shape)}. Give it what it was made for; an empty context is the prior."
+            )
         context = input if input.ndim == 3 else input.unsqueeze(0)
         output = self.read(self.encode(context))
         output = output if input.ndim == 3 else output.squeeze(0)
@@ -318,7 +326,7 @@ class BayesianContextEncoder(ContextEncoder):
 
     Raises:
         TypeError: a size is no integer.
-        ValueError: a size is less than 1.
+        ValueError: a size is less than 1, or ``output_size`` is odd.
 
     Examples:
         >>> BayesianContextEncoder([200, 200, 200], 5, 10)(torch.zeros(16, 64, 5)).shape
@@ -338,6 +346,11 @@ class BayesianContextEncoder(ContextEncoder):
         super().__init__(hidden_sizes, input_size, output_size)
         check_size("BayesianContextEncoder", "num_measurements", num_measurements)
         check_size("BayesianContextEncoder", "size", size)
+        if output_size % 2:
+            raise ValueError(
+                f"BayesianContextEncoder: output_size must be even, means and variances, got {output_size}. Make it "
+                "twice the size of the latent variable."
+            )
         self.shape = (num_measurements, size + 1)
         self.hidden_layers = _hidden_layers(input_size, hidden_sizes)
         width = [input_size, *hidden_sizes][-1]
@@ -357,7 +370,7 @@ class BayesianContextEncoder(ContextEncoder):
         measured = self.last_fc(features).double().unflatten(-1, self.shape).flatten(1, 2)  # (tasks, N * K, size + 1)
         what, much = measured[..., :-1], measured[..., -1:]
         precision = torch.eye(what.shape[-1], dtype=what.dtype, device=what.device) + what.mT @ what
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky_ex(precision).L)
         project = functional.normalize(self.projection.weight.double(), dim=-1)  # (Z, size)
         mean = (project @ covariance @ what.mT @ much).squeeze(-1)
         variance = ((project @ covariance) * project).sum(-1).clamp_min(MIN_VARIANCE)

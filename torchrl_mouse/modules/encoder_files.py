@@ -151,8 +151,8 @@ def load_encoder(path: str | Path, hidden_sizes: Sequence[int], input_size: int,
             f"rlkit.torch.core.PyTorchModule, or define reset(self, num_tasks=1)."
         )
     trial = copy.deepcopy(encoder).eval()  # What it remembers of the trial goes with the copy.
-    trial.reset(num_tasks=2)  # type: ignore[operator]
     with torch.no_grad():
+        trial.reset(num_tasks=2)  # type: ignore[operator]
         encode_context(trial, torch.zeros(2, 3, input_size))
     for name, buffer in list(encoder.named_buffers()):
         if trial.get_buffer(name).shape != buffer.shape:  # A state, of a size that no checkpoint could be read with.
@@ -164,12 +164,14 @@ def load_encoder(path: str | Path, hidden_sizes: Sequence[int], input_size: int,
 def _encoder_class(path: Path) -> type[nn.Module]:
     if not path.is_file():
         raise FileNotFoundError(f"make_context_encoder: {path} must be a file, got none there. Correct the path.")
-    module = ModuleType(path.stem)
+    module = ModuleType(f"encoder file {path.stem}")  # a name that hides no other module
     module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # Decorators such as dataclass look there; and so does pickle.
     with _rlkit():
         try:
             # Not by the import system, which would leave a compiled copy beside the file and take it for a changed one.
-            exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+            # Nor with what this file imports from the future.
+            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
         except ImportError as error:
             if (error.name or "").partition(".")[0] != "rlkit":
                 raise

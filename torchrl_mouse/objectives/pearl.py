@@ -152,7 +152,7 @@ class PEARLLoss(LossModule):
         read: list[NestedKey] = [*self.posterior.in_keys, keys.observation, keys.action, *following]
         return list(unravel_key_list(read))
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Computes all losses with the weights as they are; ``kl`` and ``entropy`` are in nats, per task and step."""
         batch = tensordict.copy()
@@ -163,36 +163,33 @@ class PEARLLoss(LossModule):
 
         Raises:
             KeyError: an entry is missing.
-            ValueError: a reward is not finite (checked on the CPU alone).
+            ValueError: reward or end of an episode is not ``[tasks, rows, 1]``; a reward or a belief is not finite
+                (checked on the CPU alone).
         """
         keys = self.tensor_keys
+        num_tasks = len(schema.require(tensordict, keys.observation))
         if hasattr(self.posterior, "reset"):
-            self.posterior.reset(len(tensordict))
+            self.posterior.reset(num_tasks)
         belief = self.posterior(tensordict.select(*self.posterior.in_keys))
         loc, scale = schema.require(belief, keys.posterior_loc), schema.require(belief, keys.posterior_scale)
+        self._check_finite(keys.posterior_loc, loc, "the context or the learning rate")
         latent = loc + scale * torch.randn_like(scale)
         tensordict.set(keys.latent, latent)
         kl = standard_normal_kl(loc, scale.square()).sum()
 
-        reward = self._rows(tensordict, ("next", keys.reward))
-        if schema.can_look_at(reward) and not reward.isfinite().all():
-            at = int((~reward.isfinite()).nonzero()[0, 0])
-            task, row = divmod(at, len(reward) // len(tensordict))
-            raise ValueError(
-                f"PEARLLoss: entry {('next', keys.reward)!r} must be finite, got {reward[at].item()} at task {task}, "
-                f"row {row}. Fix the environment or the data."
-            )
+        reward, terminated = (self._scalars(tensordict, ("next", key)) for key in (keys.reward, keys.terminated))
+        self._check_finite(("next", keys.reward), reward.view(num_tasks, -1, 1), "the environment or the data")
         with torch.no_grad():
             following = self._frames(tensordict, latent, "next")
             value = self._value(following, self.target_value_network_params)
-            running = 1 - self._rows(tensordict, ("next", keys.terminated)).to(value.dtype)
+            running = 1 - terminated.to(value.dtype)
             target = self.reward_scale * reward + self.gamma * running * value
         steps = self._frames(tensordict, latent).set(keys.action, self._rows(tensordict, keys.action))
         error = self._qvalues(steps, self.qvalue_network_params) - target
         losses = {
             "loss_kl": self.kl_weight * kl,
             "loss_qvalue": error.square().mean((-2, -1)).sum(),
-            "kl": kl.detach() / len(tensordict),
+            "kl": kl.detach() / num_tasks,
         }
         return TensorDict(losses)
 
@@ -219,6 +216,23 @@ class PEARLLoss(LossModule):
             "entropy": -log_prob.detach().mean(),
         }
         return TensorDict(losses)
+
+    @staticmethod
+    def _check_finite(key: NestedKey, value: torch.Tensor, cause: str) -> None:
+        if schema.can_look_at(value) and not value.isfinite().all():
+            at = tuple((~value.isfinite()).nonzero()[0].tolist())
+            raise ValueError(
+                f"PEARLLoss: entry {key!r} must be finite, got {value[at].item()} at {list(at)}, the first of which is "
+                f"the task. Fix {cause}."
+            )
+
+    def _scalars(self, tensordict: TensorDictBase, key: NestedKey) -> torch.Tensor:
+        """Returns an entry ``[tasks, rows, 1]`` as ``[tasks * rows, 1]``; without the 1 it would broadcast."""
+        value = schema.require(tensordict, key)
+        want = [*schema.require(tensordict, self.tensor_keys.observation).shape[:2], 1]
+        if list(value.shape) != want:
+            raise ValueError(f"PEARLLoss: entry {key!r} must have shape {want}, got {list(value.shape)}. Reshape it.")
+        return value.flatten(0, 1)
 
     @staticmethod
     def _rows(tensordict: TensorDictBase, key: NestedKey) -> torch.Tensor:
