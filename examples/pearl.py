@@ -34,6 +34,7 @@ from pearl_benchmark import (
     save,
 )
 from tensordict import TensorDict
+from torchrl import torchrl_logger
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers.samplers import RandomSampler, SliceSampler
 from torchrl.objectives import SoftUpdate
@@ -344,6 +345,7 @@ class Run:
 def main() -> None:
     """Trains, or goes on, and prints the results."""
     arguments = parse_arguments()
+    torchrl_logger.setLevel("WARNING")  # Else each of the buffers announces itself.
     options = {"env": arguments.env, "encoder": arguments.encoder, "budget": arguments.budget, "seed": arguments.seed}
     options |= dataclasses.asdict(BUDGETS[arguments.budget][arguments.env])
     if arguments.encoder.endswith(".py") and Path(arguments.encoder).is_file():
