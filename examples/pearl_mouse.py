@@ -1,0 +1,340 @@
+"""MOUSE on PEARL's tasks: a transformer that reads a task's episodes one after the other, in place of a latent.
+
+A small transformer sees positions, actions and rewards of all episodes of a task, and its last hidden state takes the
+place of PEARL's observation and latent: a policy head and two action-value heads read it, trained by TorchRL's SAC on
+whole tasks out of a replay buffer; so does a third, which predicts rewards. Nothing is inferred apart: to adapt is to
+have read more. The training tasks, the number of steps on them and the metric, the return of a test's last episode
+without chance in the actions, are those of `pearl.py`. The control is the same model with its context cleared at every
+episode. An interrupted run resumes from its newest checkpoint.
+
+    python examples/pearl_mouse.py --env point-robot --seed 42       # about 10 minutes on one core
+    python examples/pearl_mouse.py --env point-robot --budget small  # 2 minutes: fewer updates
+    python examples/pearl_mouse.py --env point-robot --budget smoke  # seconds, to see it run
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from create_dataset import at_least
+from pearl_benchmark import BUDGETS, Benchmark, make_env, make_tasks, regret, save
+from tensordict import TensorDict, TensorDictParams
+from tensordict.nn import TensorDictModule
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+from torchrl.modules import ValueOperator
+from torchrl.objectives import LossModule, SACLoss, SoftUpdate
+from torchrl.record import CSVLogger
+
+from torchrl_mouse import schema
+from torchrl_mouse.data.saving import replace_json
+from torchrl_mouse.envs import ClearContext, DecisionMask, HalfCheetahVelEnv, PointRobotEnv, TaskEnv
+from torchrl_mouse.evaluation import EpisodeReturns, plot_curves
+from torchrl_mouse.models import MouseModel
+from torchrl_mouse.modules import SwiGLUHead, gaussian_policy
+from torchrl_mouse.objectives import CombinedLoss
+from torchrl_mouse.recipes import claim, online_trainer, run, warmup_cosine
+
+if TYPE_CHECKING:
+    from tensordict import TensorDictBase
+    from torchrl.data import TensorSpec
+
+HIDDEN = 64
+LAYERS = 2
+HEADS = 4
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.01
+TAU = 0.02
+REWARD_WEIGHT = 1.0  # of the prediction of rewards
+REPEATS = 10  # Each test task is met that often, PEARL's once: starts are random, and the mean is the same.
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How an environment's tasks are played and learned from."""
+
+    rows: int  # tasks played side by side, once between updates
+    updates: int  # after each time
+    batch_size: int  # tasks in an update
+    gamma: float
+
+
+RECIPES = {
+    "point-robot": Recipe(rows=40, updates=200, batch_size=16, gamma=0.9),
+    "sparse-point-robot": Recipe(rows=20, updates=100, batch_size=4, gamma=0.9),
+    "cheetah-vel": Recipe(rows=10, updates=200, batch_size=4, gamma=0.97),
+}
+SMALL_SHARE = 0.25  # of the updates
+SMOKE = Recipe(rows=2, updates=2, batch_size=2, gamma=0.9)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", choices=RECIPES, default="point-robot", help="the tasks")
+    parser.add_argument("--budget", choices=BUDGETS, default="benchmark", help="small has fewer updates")
+    parser.add_argument("--seed", type=at_least(0), default=42, help="of weights, tasks, actions and starts")
+    parser.add_argument("--output", type=Path, help="folder of the run; by default runs/pearl/ENV/mouse-BUDGET-SEED")
+    parser.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
+    arguments = parser.parse_args()
+    if arguments.output is None:
+        arguments.output = Path("runs/pearl") / arguments.env / f"mouse-{arguments.budget}-{arguments.seed}"
+    return arguments
+
+
+class TrunkSACLoss(SACLoss):
+    """The critics alone move the trunk (Yarats et al. 2021, arXiv:1910.01741): the actor would flatter the values."""
+
+    def actor_loss(self, tensordict: TensorDictBase) -> Any:
+        """Detaches what the trunk wrote."""
+        return super().actor_loss(tensordict.detach())
+
+
+class ActionValue(torch.nn.Module):
+    """The value ``[*, 1]`` of an action, on a hidden state."""
+
+    def __init__(self, action_dim: int) -> None:
+        super().__init__()
+        self.head = SwiGLUHead(HIDDEN + action_dim, 1, hidden_dim=HIDDEN)
+
+    def forward(self, hidden: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Joins the two."""
+        value: torch.Tensor = self.head(torch.cat([hidden, action], -1))
+        return value
+
+
+class RewardLoss(LossModule):
+    """What the trunk has seen so far tells the reward of any other transition of the task, as in VariBAD.
+
+    Values alone teach the trunk slowly what a task is: at first they are about the values themselves. Rewards are there
+    from the beginning (Zintgraf et al. 2020, arXiv:1910.08348).
+    """
+
+    in_keys = (schema.HIDDEN, schema.ACTION, ("next", schema.OBSERVATION), ("next", "reward"), schema.MASK)
+    out_keys = ("loss_reward",)
+    head: TensorDictModule
+    head_params: TensorDictParams
+    target_head_params: TensorDictParams
+
+    def __init__(self, observation_dim: int, action_dim: int) -> None:
+        super().__init__()
+        network = SwiGLUHead(HIDDEN + observation_dim + action_dim, 1, hidden_dim=HIDDEN)
+        head = TensorDictModule(network, ["known"], ["reward"])
+        self.convert_to_functional(head, "head", create_target_params=False)
+
+    def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
+        """Has nothing to forward, as there is no value estimator."""
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDict:
+        """Compares the transition that lies a random distance from each step."""
+        distance = int(torch.randint(tensordict.shape[1], ()))
+        other = tensordict.select(*self.in_keys[1:])
+        other = other.apply(lambda entry: entry.roll(distance, 1))  # Round the end: the window is one task.
+        known = [tensordict[schema.HIDDEN], other[schema.ACTION], other["next", schema.OBSERVATION]]
+        with self.head_params.to_module(self.head, preserve_module_state=False):
+            predicted = self.head(TensorDict({"known": torch.cat(known, -1)}, tensordict.shape))["reward"]
+        error = (predicted - other["next", "reward"])[other[schema.MASK]]
+        return TensorDict({"loss_reward": error.square().mean()})
+
+
+def training_env(name: str, tasks: torch.Tensor, benchmark: Benchmark, rows: int) -> EnvBase:
+    """Makes rows that draw a training task each time."""
+    if name == "cheetah-vel":
+        return HalfCheetahVelEnv(tasks, batch_size=rows, max_steps=benchmark.max_steps)
+    return PointRobotEnv(tasks, batch_size=rows, max_steps=benchmark.max_steps, sparse=benchmark.sparse)
+
+
+class Agent:
+    """The model, its losses, and how it is tested."""
+
+    def __init__(self, name: str, benchmark: Benchmark, recipe: Recipe) -> None:
+        self.name, self.benchmark = name, benchmark
+        self.episodes = benchmark.test_episodes
+        # A terminal frame between two episodes is one more step, at which nothing is done.
+        self.task_steps = self.episodes * (benchmark.max_steps + 1) - 1
+        tasks, _ = make_tasks(name, benchmark)
+        env = TaskEnv(make_env(name, tasks, benchmark), episodes_per_task=self.episodes)
+        self.spec: TensorSpec = env.action_spec_unbatched
+        self.model = MouseModel.from_specs(
+            env,
+            # The agent sees how good a step was where the benchmark says so; the critics always do.
+            keys={"reward": "sparse_reward"} if benchmark.sparse else {},
+            hidden_dim=HIDDEN,
+            window=self.task_steps + 1,
+            embedding_kwargs={
+                "std": 0.3,
+                "continuous_encoder": "linear",
+                "fourier_in_min": 0.1,
+                "fourier_in_max": 10.0,
+                "max_num_time_steps": benchmark.max_steps + 1,
+            },
+            backbone_kwargs={"kind": "llama", "num_layers": LAYERS, "num_heads": HEADS},
+            gaussian_head_kwargs={"hidden_dim": HIDDEN, "scale": 0.1},
+        )
+        self.actor = self.model.actor(self.spec)
+        observation_dim, action_dim = env.observation_spec[schema.OBSERVATION].shape[-1], self.spec.shape[-1]
+        self.sac = TrunkSACLoss(
+            gaussian_policy(self.model.head("gaussian"), self.spec),
+            ValueOperator(ActionValue(action_dim), in_keys=[schema.HIDDEN, schema.ACTION]),
+            action_spec=self.spec,
+            num_qvalue_nets=2,
+            alpha_init=1 / benchmark.reward_scale,
+            fixed_alpha=True,
+        )
+        self.sac.make_value_estimator(gamma=recipe.gamma)
+        # Nothing that is done in an episode changes what the next one's start is worth.
+        self.sac.set_keys(done=schema.PREVIOUS_TRUNCATED, terminated=schema.PREVIOUS_TRUNCATED)
+        self.sac.state_dict()  # Makes a buffer that loading a checkpoint would miss: TorchRL makes it on first use.
+        losses = {"sac": self.sac, "reward": RewardLoss(observation_dim, action_dim)}
+        self.loss = CombinedLoss(self.model.trunk, losses, weights={"reward": REWARD_WEIGHT})
+
+    @torch.no_grad()
+    def test(self, tasks: torch.Tensor, *, clear: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Meets each of the tasks anew, as the benchmark's metric asks: without chance in the actions.
+
+        Args:
+            tasks: what sets them apart.
+            clear: clear the context at each episode, the control.
+
+        Returns:
+            The episodes' returns, and their first observations, ``[tasks, episodes, *]``.
+        """
+        env: EnvBase = TaskEnv(make_env(self.name, tasks, self.benchmark), episodes_per_task=self.episodes)
+        env = TransformedEnv(env, ClearContext()) if clear else env
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            steps = env.rollout(self.task_steps, self.actor, break_when_any_done=False)
+        self.model.trunk.forget(steps[schema.STREAM][:, 0])
+        if self.benchmark.sparse:
+            steps["next", "reward"] = steps["next", "sparse_reward"]
+        returns = EpisodeReturns(len(tasks), self.episodes)
+        returns.add(steps)
+        first = steps[schema.EPISODE_STEP].squeeze(-1) == 0
+        return returns.values, steps[schema.OBSERVATION][first].unflatten(0, (len(tasks), self.episodes))
+
+
+class Run:
+    """Training and tests of an agent."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.benchmark = BUDGETS[arguments.budget][arguments.env]
+        self.recipe = SMOKE if arguments.budget == "smoke" else RECIPES[arguments.env]
+        if arguments.budget == "small":
+            self.recipe = dataclasses.replace(self.recipe, updates=int(SMALL_SHARE * self.recipe.updates))
+        self.tasks, test_tasks = make_tasks(arguments.env, self.benchmark)
+        repeats = 1 if self.benchmark.sparse else REPEATS  # Sparse tasks always begin at the origin.
+        self.test_tasks = test_tasks.repeat(repeats, *[1] * (test_tasks.ndim - 1))
+        torch.manual_seed(arguments.seed)
+        self.agent = Agent(arguments.env, self.benchmark, self.recipe)
+        self.file = arguments.output / "history.json"
+
+    @property
+    def frames(self) -> tuple[int, int]:
+        """The environment steps between updates, and all of them: no more than PEARL has on training tasks."""
+        benchmark = self.benchmark
+        steps = benchmark.prior_steps + benchmark.posterior_steps + benchmark.extra_steps
+        most = benchmark.num_train * benchmark.initial_steps
+        most += benchmark.iterations * benchmark.tasks_per_iteration * steps
+        each = self.recipe.rows * self.agent.episodes * benchmark.max_steps
+        return each, max(1, most // each) * each
+
+    def train(self) -> None:
+        """Plays, learns and is tested in turns, from the newest checkpoint if there is one."""
+        agent, recipe, arguments = self.agent, self.recipe, self.arguments
+        each, total = self.frames
+        env = training_env(arguments.env, self.tasks, self.benchmark, recipe.rows)
+        collector = Collector(
+            TaskEnv(env, episodes_per_task=agent.episodes),
+            agent.actor,
+            frames_per_batch=recipe.rows * agent.task_steps,  # whole tasks
+            total_frames=-1,
+            postproc=DecisionMask(),  # The trainer counts the steps that it leaves.
+        )
+        self.buffer = TensorDictReplayBuffer(
+            storage=LazyTensorStorage(total // each * recipe.rows), batch_size=recipe.batch_size
+        )
+        optimizer = torch.optim.AdamW(agent.loss.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        updates = total // each * recipe.updates
+        trainer = online_trainer(
+            agent.loss,
+            collector,
+            agent.actor,
+            self.buffer,
+            optimizer,
+            total_frames=total,
+            updates_per_batch=recipe.updates,
+            directory=arguments.output,
+            target_updaters=(SoftUpdate(agent.sac, tau=TAU),),
+            scheduler=warmup_cosine(optimizer, updates, warmup=min(100, updates // 10), floor=0.05),
+            evaluate=self.evaluate,
+            evaluation_interval=1,
+            checkpoint_interval=1,
+            logger=CSVLogger("log", log_dir=str(arguments.output)),
+            seed=arguments.seed,
+        )
+        run(trainer)
+
+    def evaluate(self) -> dict[str, float]:
+        """Meets all tasks anew; notes the outcome under the number of tasks played until then."""
+        entry = {}
+        for kind, tasks in (("train", self.tasks), ("test", self.test_tasks)):
+            returns, starts = self.agent.test(tasks)
+            entry[f"{kind}_return"] = returns[:, -1].mean().item()
+        entry["first_episode"] = returns[:, 0].mean().item()
+        if self.arguments.env == "point-robot":
+            entry["regret"] = regret(returns, starts, self.test_tasks)
+        # A run that was killed after this comes here again, with the checkpoint before it.
+        replace_json(self.file, {**self.history, str(len(self.buffer)): entry})
+        return entry
+
+    @property
+    def history(self) -> dict[str, dict[str, float]]:
+        """The tests so far, by the number of tasks played."""
+        return json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+
+    def finish(self) -> dict[str, float]:
+        """Tests the agent and its control, writes all results, and returns those that count."""
+        arguments, agent = self.arguments, self.agent
+        options = {"environment": arguments.env, "agent": "MOUSE", "budget": arguments.budget, "seed": arguments.seed}
+        results = save(options, list(self.history.values()), arguments.output)
+        torch.manual_seed(arguments.seed)
+        returns = {
+            "agent": agent.test(self.test_tasks)[0],
+            "context cleared": agent.test(self.test_tasks, clear=True)[0],
+        }
+        plot_curves({"test tasks": returns}, arguments.output / "episodes.png", title=f"{arguments.env}, MOUSE")
+        means = {name: values.mean(0).tolist() for name, values in returns.items()}
+        replace_json(arguments.output / "episodes.json", means)
+        for name, values in means.items():
+            for number in sorted({1, 2, len(values)}):
+                results[f"episode {number}, {name}"] = values[number - 1]
+        return results
+
+
+def main() -> None:
+    """Trains, or goes on, and prints the results."""
+    arguments = parse_arguments()
+    training = Run(arguments)
+    recipe = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int | float)}
+    options = {"env": arguments.env, "budget": arguments.budget, "seed": arguments.seed} | recipe
+    options |= dataclasses.asdict(training.benchmark) | dataclasses.asdict(training.recipe)
+    try:
+        claim(arguments.output, options, restart=arguments.restart)
+    except ValueError as error:
+        raise SystemExit(f"{error} (--restart, --output)") from None
+    training.train()
+    training.agent.model.save_pretrained(arguments.output / "model")
+    for name, value in training.finish().items():
+        print(f"{name}: {value:.3f}")
+    print(f"Results, plots, model, log and checkpoints are in {arguments.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""MOUSE on PEARL's tasks: the example runs, a killed run goes on, and what it measures is what the benchmark asks."""
+
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tensordict import TensorDict, TensorDictParams
+from torchrl.objectives import SoftUpdate
+
+from torchrl_mouse import schema
+from torchrl_mouse.envs import (
+    DecisionMask,
+    PointRobotEnv,
+    TaskEnv,
+    point_robot_oracle,
+    sparse_point_robot_oracle,
+)
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROGRAM = EXAMPLES / "pearl_mouse.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The program as a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(EXAMPLES))
+        yield importlib.import_module("pearl_mouse")
+
+
+def make_agent(example, name):
+    torch.manual_seed(0)
+    benchmark = example.BUDGETS["smoke"][name]
+    return example.Agent(name, benchmark, example.SMOKE), benchmark
+
+
+def program(output):
+    command = [sys.executable, str(PROGRAM), "--budget", "smoke", "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def figures(printed):
+    return [line for line in printed.splitlines() if line.startswith(("meta_test_return", "mean", "regret", "episode"))]
+
+
+def test_a_killed_run_goes_on_and_a_finished_one_stays(example, monkeypatch, capsys, tmp_path):
+    output = tmp_path / "run"
+    process = program(output)
+    while not list(output.glob("checkpoints/*/manifest.json")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it was still at work"
+    assert not (output / "results.json").exists()
+
+    process = program(output)
+    printed, error = process.communicate()
+    assert process.returncode == 0, error[-3000:]
+    history = json.loads((output / "history.json").read_text())
+    assert list(history) == ["2", "4", "6"], "of the six tasks that the budget allows, two at a time"
+    results = json.loads((output / "results.json").read_text())
+    assert results["iterations"] == list(history.values())
+    assert results["meta_test_return"] == history["6"]["test_return"]
+    episodes = json.loads((output / "episodes.json").read_text())
+    assert {name: len(values) for name, values in episodes.items()} == {"agent": 3, "context cleared": 3}
+    assert f"episode 3, agent: {episodes['agent'][-1]:.3f}" in figures(printed)
+    assert all((output / name).exists() for name in ("returns.png", "episodes.png", "model/model.safetensors"))
+
+    arguments = [str(PROGRAM), "--budget", "smoke", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    example.main()
+    assert figures(capsys.readouterr().out) == figures(printed), "nothing was left to do"
+    monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
+    with pytest.raises(SystemExit, match=r"got seed 1 instead of 42.*--restart"):
+        example.main()
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("point-robot", 88_000), ("sparse-point-robot", 408_000), ("cheetah-vel", 160_000)]
+)
+def test_it_plays_no_more_than_pearl_does(example, name, most):
+    run = object.__new__(example.Run)
+    run.benchmark, run.recipe = example.BUDGETS["benchmark"][name], example.RECIPES[name]
+    run.agent = type("Tasks", (), {"episodes": run.benchmark.test_episodes})
+    each, total = run.frames
+    assert total % each == 0
+    assert most - each < total <= most
+
+
+@pytest.mark.parametrize("name", ["point-robot", "sparse-point-robot"])
+def test_returns_are_those_of_the_benchmarks_reward(example, name):
+    agent, benchmark = make_agent(example, name)
+    _, goals = example.make_tasks(name, benchmark)
+    returns, starts = agent.test(goals)
+    assert returns.shape == (2, benchmark.test_episodes)
+
+    class Oracle(torch.nn.Module):
+        def forward(self, tensordict):
+            return tensordict.set("action", ((goals - tensordict["observation"]) * 10).clamp(-1, 1))
+
+    agent.actor = Oracle()
+    returns, starts = agent.test(goals)
+    expected = point_robot_oracle(starts, goals.unsqueeze(1))
+    if benchmark.sparse:
+        expected = sparse_point_robot_oracle(goals).unsqueeze(1).expand_as(returns)
+    torch.testing.assert_close(returns, expected, atol=1e-4, rtol=0)
+
+
+@pytest.fixture
+def fixed(example, monkeypatch):
+    """An agent, and a goal to which every episode begins at the origin."""
+    agent, _ = make_agent(example, "point-robot")
+    for weight in agent.model.parameters():
+        weight.data.mul_(3)  # At first a context hardly moves an action.
+
+    def make_env(name, tasks, benchmark):
+        return PointRobotEnv(tasks, max_steps=benchmark.max_steps, start="origin")
+
+    monkeypatch.setattr(example, "make_env", make_env)
+    return agent, torch.tensor([[0.3, 0.8]])
+
+
+def test_a_test_is_without_chance_and_leaves_no_context(fixed):
+    agent, goals = fixed
+    first, second = (agent.test(goals)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(agent.model.trunk._cache) == 0
+
+
+def test_episodes_differ_by_what_was_seen_before_them(fixed):
+    agent, goals = fixed
+    returns, _ = agent.test(goals)
+    assert len(set(returns[0].tolist())) == 3
+    cleared, _ = agent.test(goals, clear=True)
+    torch.testing.assert_close(cleared[0], returns[0, :1].expand(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "seen"), [("point-robot", schema.PREVIOUS_REWARD), ("sparse-point-robot", "sparse_reward")]
+)
+def test_the_agent_sees_the_reward_that_it_is_measured_by(example, name, seen):
+    agent, _ = make_agent(example, name)
+    rewards = {schema.PREVIOUS_REWARD, "sparse_reward"}
+    assert rewards.intersection(agent.model.trunk.in_keys) == {seen}
+    assert ("next", "reward") in agent.loss.in_keys
+    assert ("next", "sparse_reward") not in set(agent.loss.in_keys) - {("next", seen)}
+
+
+def play(example, agent, benchmark):
+    """Every step of a task on each of the training goals, as the losses read them."""
+    goals, _ = example.make_tasks("point-robot", benchmark)
+    env = TaskEnv(example.make_env("point-robot", goals, benchmark), episodes_per_task=3)
+    with torch.no_grad():
+        return DecisionMask()(env.rollout(agent.task_steps, agent.actor, break_when_any_done=False))
+
+
+@pytest.mark.parametrize("max_steps", [1, 2])
+def test_values_end_with_the_episode(example, max_steps):
+    torch.manual_seed(0)
+    benchmark = dataclasses.replace(example.BUDGETS["smoke"]["point-robot"], max_steps=max_steps)
+    agent = example.Agent("point-robot", benchmark, example.SMOKE)
+    steps = play(example, agent, benchmark)
+    SoftUpdate(agent.sac, tau=0.1)
+    losses = []
+    for change in (0.0, 1.0):
+        agent.sac.target_qvalue_network_params.data.add_(change)
+        torch.manual_seed(0)
+        losses.append(agent.loss(steps)["loss_qvalue"].item())
+    assert (losses[0] == losses[1]) is (max_steps == 1)
+
+
+def moves(weight):
+    return weight.grad is not None and bool((weight.grad != 0).any())
+
+
+def test_each_loss_moves_its_own(example):
+    agent, benchmark = make_agent(example, "point-robot")
+    steps = play(example, agent, benchmark)
+    SoftUpdate(agent.sac, tau=0.1)
+    moved = {}
+    for name in ("loss_actor", "loss_qvalue", "loss_reward"):
+        agent.loss.zero_grad()
+        agent.loss(steps)[name].backward()
+        moved[name] = {key.split(".")[0] for key, weight in agent.model.named_parameters() if moves(weight)}
+    assert moved == {"loss_actor": {"gaussian_head"}, "loss_qvalue": {"trunk"}, "loss_reward": {"trunk"}}
+
+
+def test_rewards_of_other_decisions_are_predicted(example):
+    loss = example.RewardLoss(2, 2)
+
+    class Perfect(torch.nn.Module):
+        """Rewards are the sum of all that is told apart from the hidden state."""
+
+        def forward(self, known):
+            return known[..., example.HIDDEN :].sum(-1, keepdim=True)
+
+    loss.head.module = Perfect()
+    loss.head_params = TensorDictParams(TensorDict.from_module(loss.head))
+    action, observation = torch.randn(2, 7, 2), torch.randn(2, 7, 2)
+    reward = (action + observation).sum(-1, keepdim=True)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[:, 3] = False
+    steps = {"hidden": torch.randn(2, 7, example.HIDDEN), "action": action, "collector": {"mask": mask}}
+    steps = TensorDict({**steps, "next": {"observation": observation, "reward": reward}}, [2, 7])
+    steps["next", "reward"][:, 3] += 1
+    for _ in range(20):
+        assert loss(steps)["loss_reward"] < 1e-9
+    steps["next", "reward"][0, 4] += 6
+    for _ in range(20):
+        assert loss(steps)["loss_reward"].item() == pytest.approx(6**2 / 12, rel=1e-5)
