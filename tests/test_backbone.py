@@ -245,6 +245,72 @@ def test_gradients_flow_through_windows_and_not_through_the_cache(kind):
     assert not any(pool.requires_grad for pool in cache.pools)
 
 
+def test_a_cache_has_a_slot_for_each_row():
+    backbone = make("llama")
+    cache = backbone.new_kv_cache(3)
+    for call in (backbone, backbone.step):
+        with pytest.raises(ValueError, match=r"a slot for each row of features, got 3 for 2\. Give the slots"):
+            call(torch.randn(2, 1, 16), torch.zeros(2, 1).long(), kv_cache=cache)
+    assert not any(pool.any() for pool in cache.pools)
+
+
+PASSED_BY = ["model", "model.norm", "model.rotary_emb", "model.layers.1", "model.layers.0.self_attn"]
+
+
+@pytest.mark.parametrize("name", PASSED_BY)
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_that_would_act_in_training_only_are_refused(name, hook):
+    backbone = make("llama")
+    cache = backbone.new_kv_cache(2)
+    some = torch.randn(2, 1, 16), torch.zeros(2, 1).long()
+    backbone(*some, kv_cache=cache)
+    handle = getattr(backbone.get_submodule(name), hook)(lambda *_: None)
+    for call in (backbone, backbone.step):
+        with pytest.raises(RuntimeError, match=f"{name} must have no forward hooks.*Hook projections"):
+            call(*some, kv_cache=cache)
+    handle.remove()
+    backbone(*some, kv_cache=cache)
+
+
+@pytest.mark.parametrize("name", PASSED_BY)
+def test_a_forward_that_was_put_in_is_refused(name):
+    backbone = make("llama")
+    part = backbone.get_submodule(name)
+    part.forward = part.forward
+    with pytest.raises(RuntimeError, match=f"{name} must have .* no forward of its own"):
+        backbone(torch.randn(2, 1, 16), torch.zeros(2, 1).long(), kv_cache=backbone.new_kv_cache(2))
+
+
+def test_wrapped_layers_are_refused():
+    class Wrapper(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, *args, **kwargs):
+            return self.layer(*args, **kwargs)
+
+    backbone = make("llama")
+    backbone.model.layers[1] = Wrapper(backbone.model.layers[1])
+    backbone(torch.randn(2, 3, 16))
+    with pytest.raises(TypeError, match=r"model.layers.1 must be of transformers to act step by step, got Wrapper"):
+        backbone(torch.randn(2, 1, 16), torch.zeros(2, 1).long(), kv_cache=make("llama").new_kv_cache(2))
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "mlp"])
+def test_hooks_of_projections_norms_and_mlp_act_in_both_ways(name):
+    backbone = make("llama")
+    part = backbone.get_submodule(f"model.layers.0.{name}")
+    features = torch.randn(2, 3, 16)
+    positions = torch.arange(3).repeat(2, 1)
+    plain, _ = backbone(features)
+    part.register_forward_hook(lambda _, __, out: 2 * out)
+    hooked, _ = backbone(features)
+    assert (hooked - plain).abs().max() > 1e-3
+    cached, _ = backbone(features, positions, kv_cache=backbone.new_kv_cache(2))
+    torch.testing.assert_close(cached, hooked, atol=1e-5, rtol=0)
+
+
 def test_positions_are_needed_with_a_cache():
     backbone = make("llama")
     with pytest.raises(ValueError, match="positions must be given with kv_cache, got None"):

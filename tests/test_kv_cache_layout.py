@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchrl_mouse import schema
-from torchrl_mouse.modules import KeyValues, KVCache, kv_cache
+from torchrl_mouse.modules import KeyValues, KVCache, decoding, kv_cache
 
 
 def assert_equal(actual, expected):
@@ -49,9 +49,9 @@ def test_rows_that_are_a_run_of_slots_are_not_copied(make_trunk, random_steps, f
     seen = []
     key_values = KVCache.key_values
 
-    def watch(self, rows, length):
-        seen.append(key_values(self, rows, length).rows is None)
-        return key_values(self, rows, length)
+    def watch(self, rows, length, **options):
+        seen.append(key_values(self, rows, length, **options).rows is None)
+        return key_values(self, rows, length, **options)
 
     monkeypatch.setattr(KVCache, "key_values", watch)
     for t, rows in enumerate(([4, 1, 0, 3, 2], [3, 1, 2], [4, 3]), start=1):
@@ -82,3 +82,82 @@ def test_failed_layout_leaves_no_context(make_trunk, random_steps, monkeypatch, 
     with pytest.raises(RuntimeError, match=r"none for row 0 \(stream 1000\).*a call that failed"):
         trunk(steps[:, 16].clone())
     assert_equal(step_by_step(trunk, steps), full_pass(trunk, steps))
+
+
+# Numbers that are not finite stay in their task
+
+
+def spoil(steps, row, step):
+    steps[schema.OBSERVATION][row, step] = torch.nan
+    return steps
+
+
+def test_a_restarted_row_sees_nothing_of_the_task_before(make_trunk, random_steps, full_pass, step_by_step):
+    trunk = make_trunk()
+    steps = spoil(random_steps(2, 12, [[6], []]), 0, 2)
+    hidden = step_by_step(trunk, steps)
+    assert hidden[0, 2:6].isnan().all()
+    assert_equal(hidden[:1, 6:], full_pass(trunk, steps[:1, 6:]))
+    assert_equal(hidden[1], full_pass(trunk, steps)[1])
+
+
+@pytest.mark.parametrize("how", ["forgotten", "evicted"])
+def test_a_slot_is_handed_over_empty(how, make_trunk, random_steps, full_pass, step_by_step):
+    trunk = make_trunk(max_streams=1)
+    step_by_step(trunk, spoil(random_steps(1, 6), 0, 3))
+    if how == "forgotten":
+        trunk.forget(torch.tensor([1000]))
+    other = random_steps(1, 6, seed=1)
+    other[schema.STREAM] += 1
+    assert_equal(step_by_step(trunk, other), full_pass(trunk, other))
+
+
+def test_a_rebuilt_context_sees_nothing_of_what_was_dropped(make_trunk, random_steps, full_pass, step_by_step):
+    trunk = make_trunk(window=8)
+    steps = spoil(random_steps(1, 20), 0, 1)
+    hidden = step_by_step(trunk, steps)
+    assert hidden[0, 1:8].isnan().all()
+    assert hidden[0, 8:].isfinite().all()
+    newest = steps[:, 4:12].clone()
+    newest[schema.IS_INIT][:, 0] = True
+    assert_equal(hidden[:, 8:12], full_pass(trunk, newest)[:, 4:])
+
+
+def test_repaired_weights_repair_contexts(make_trunk, random_steps, full_pass, step_by_step):
+    trunk = make_trunk()
+    steps = random_steps(2, 8)
+    before = step_by_step(trunk, steps[:, :4])
+    good = {name: value.clone() for name, value in trunk.state_dict().items()}
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.fill_(torch.nan)
+    trunk.mark_weight_update()
+    assert trunk(steps[:, 4].clone())[schema.HIDDEN].isnan().all()
+    trunk.load_state_dict(good)
+    after = step_by_step(trunk, steps[:, 5:])
+    assert_equal(torch.cat([before, after], 1), full_pass(trunk, steps)[:, [0, 1, 2, 3, 5, 6, 7]])
+
+
+# Many tokens at once
+
+
+@pytest.mark.parametrize("limit", [1, 2_000, 10_000], ids=["a token", "part of a row", "some rows"])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [3, 0, 4]], ids=["a run", "in no order"])
+def test_masks_of_many_tokens_are_built_piece_by_piece(limit, order, make_trunk, random_steps, full_pass, monkeypatch):
+    trunk = make_trunk(backbone={"num_heads": 4, "num_key_value_heads": 2})
+    steps = random_steps(5, 20)
+    expected = full_pass(trunk, steps)
+    trunk.append(steps[:, :3].clone())
+    monkeypatch.setattr(decoding, "_MASKED_AT_ONCE", limit)
+    masks, decode = [], decoding.decode
+
+    def watch(model, features, positions, cache):
+        heads, length = cache.key[0].shape[1:3]
+        masks.append(features.shape[0] * features.shape[1] * 4 // heads * length * 4)
+        return decode(model, features, positions, cache)
+
+    monkeypatch.setattr(decoding, "decode", watch)
+    assert_equal(trunk.append(steps[order, 3:].clone())[schema.HIDDEN], expected[order, 3:])
+    assert len(masks) > 1
+    one_token = 2 * 64 * 4  # two heads share keys of 64 positions
+    assert max(masks) <= max(limit, one_token)

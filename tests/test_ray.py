@@ -138,7 +138,7 @@ def test_workers_have_contexts_and_get_weights(make_model):
         collector.shutdown()
     assert batches[0].shape == (2, ROWS, 4)
     assert len(batches[0][schema.STREAM].unique()) == 2 * ROWS
-    check(old, model.trunk, *batches)
+    check([old, model.trunk], batches)
 
 
 def test_a_remote_learner_learns_what_a_local_one_does(make_model, tmp_path):

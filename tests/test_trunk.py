@@ -425,6 +425,17 @@ def test_weight_version_travels_with_the_weights(make_trunk, random_steps):
     assert_equal(worker(steps[:, 5].clone())[schema.HIDDEN], window(full, steps)[:, 5])
 
 
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_leaves_the_checkpoint_as_it_was(assign, make_trunk, random_steps):
+    checkpoint = make_trunk().state_dict()
+    before = {name: value.clone() for name, value in checkpoint.items()}
+    trunk = make_trunk()
+    trunk(random_steps(2, 1)[:, 0])
+    trunk.load_state_dict(checkpoint, assign=assign)
+    trunk.mark_weight_update()
+    assert all(torch.equal(checkpoint[name], value) for name, value in before.items())
+
+
 # Errors
 
 

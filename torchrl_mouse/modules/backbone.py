@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from torchrl_mouse.modules.checks import check_size
-from torchrl_mouse.modules.decoding import compiled_decode, decode
+from torchrl_mouse.modules.decoding import check_pass, compiled_decode, decode_in_parts
 from torchrl_mouse.modules.kv_cache import KeyValues
 
 if TYPE_CHECKING:
@@ -82,6 +82,9 @@ class CausalBackbone(nn.Module):
     It follows the tensor-level contract of TorchRL 0.15's ``TransformerModule`` backbones: explicit positions, an
     optional mask, and an opaque key-value cache, with the attributes ``num_layers``, ``num_heads``, ``head_dim`` and
     ``max_seq_len``. The final norm is left out: the heads have their own.
+
+    With a cache, the parts of the layers are called one by one. Forward hooks of projections, norms and the MLP act
+    then, too, and see tokens ``[B * L, D]``; those of a whole layer or its attention are an error, and so is a wrapper.
 
     Args:
         hidden_dim: size ``D`` of a token.
@@ -307,8 +310,9 @@ class CausalBackbone(nn.Module):
         if kv_cache is not None:
             if positions is None:
                 raise ValueError("CausalBackbone: positions must be given with kv_cache, got None.")
+            check_pass(self.model, features, kv_cache)
             with torch.no_grad(), _attention_kernels(features):
-                return decode(self.model, features, positions, kv_cache), kv_cache
+                return decode_in_parts(self.model, features, positions, kv_cache), kv_cache
         if mask is None and positions is not None:
             length = features.shape[1]
             mask = (
@@ -334,6 +338,7 @@ class CausalBackbone(nn.Module):
         Returns:
             ``[B, L, D]``.
         """
+        check_pass(self.model, features, kv_cache)
         with torch.no_grad(), _attention_kernels(features):
             return compiled_decode(self.model, features, positions, kv_cache)
 

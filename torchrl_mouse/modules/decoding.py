@@ -5,17 +5,111 @@ from __future__ import annotations
 import functools
 import math
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn import functional
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from torch.utils.hooks import RemovableHandle
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel
 
     from torchrl_mouse.modules.kv_cache import KeyValues
+
+_ATTENTIONS = LlamaAttention, Qwen3Attention
+
+_MASKED_AT_ONCE = 2**24
+"""Bytes of a mask: many tokens of a few contexts, and little beside the contexts themselves."""
+
+_without_hooks: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+"""The models that were seen to have no hooks, with the number of the newest hook of the process at that time."""
+
+
+def check_pass(model: PreTrainedModel, features: torch.Tensor, cache: KeyValues) -> None:
+    """Raises unless :func:`decode` can stand in for ``model.forward``, before anything is written.
+
+    Args:
+        model: see :func:`decode`, as for the others.
+        features: ``[B, L, D]``.
+        cache: the contexts.
+
+    Raises:
+        ValueError: the cache is of another number of rows.
+        TypeError: a decoder layer or its attention is not one of `transformers`, but wrapped, say.
+        RuntimeError: the model, a layer, its attention, the rotary embedding or the final norm has forward hooks, or a
+            ``forward`` of its own, which would act in training only.
+    """
+    slots = len(cache.key[0] if cache.rows is None else cache.rows)
+    if len(features) != slots:
+        raise ValueError(
+            f"CausalBackbone: kv_cache must have a slot for each row of features, got {slots} for {len(features)}. "
+            "Give the slots of the rows as its rows."
+        )
+    _has_hooks(model)
+
+
+def _has_hooks(model: PreTrainedModel) -> bool:
+    """Whether any module of the model has hooks; raises if one has whose hooks would be passed by."""
+    newest = RemovableHandle.next_id
+    if _without_hooks.get(model) == newest:  # To look at all modules takes as long as a layer.
+        return False
+    _check_parts(model)
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return True
+    _without_hooks[model] = newest
+    return False
+
+
+def _check_parts(model: PreTrainedModel) -> None:
+    parts: dict[str, Any] = {"model": model, "model.norm": model.norm, "model.rotary_emb": model.rotary_emb}
+    for number, layer in enumerate(model.layers):
+        name = f"model.layers.{number}"
+        parts |= {name: layer, f"{name}.self_attn": getattr(layer, "self_attn", None)}
+        for part, known in ((name, (LlamaDecoderLayer, Qwen3DecoderLayer)), (f"{name}.self_attn", _ATTENTIONS)):
+            if not isinstance(parts[part], known):
+                raise TypeError(
+                    f"CausalBackbone: {part} must be of transformers to act step by step, got "
+                    f"{type(parts[part]).__name__}. Wrap projections, norms or the MLP instead."
+                )
+    for name, part in parts.items():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            raise RuntimeError(
+                f"CausalBackbone: {name} must have no forward hooks, and no forward of its own, to act step by step, "
+                "got one, which would act in training only. Hook projections, norms or the MLP instead."
+            )
+
+
+def decode_in_parts(
+    model: PreTrainedModel, features: torch.Tensor, positions: torch.Tensor, cache: KeyValues
+) -> torch.Tensor:
+    """Does what :func:`decode` does, many new tokens a few contexts at a time: masks grow with both.
+
+    Args:
+        model: see :func:`decode`, as for the others.
+        features: ``[B, L, D]``.
+        positions: int64 ``[B, L]``, increasing along ``L``.
+        cache: the contexts.
+
+    Returns:
+        ``[B, L, D]``.
+    """
+    batch, num, _ = features.shape
+    _, heads, length, _ = cache.key[0].shape
+    per_token = model.config.num_attention_heads // heads * length * features.element_size()
+    tokens = max(1, _MASKED_AT_ONCE // per_token)
+    if num == 1 or batch * num <= tokens:
+        return decode(model, features, positions, cache)
+    rows, steps = max(1, tokens // num), min(num, tokens)
+    out = torch.empty_like(features)
+    for first in range(0, batch, rows):
+        some = slice(first, first + rows)
+        contexts = cache.of_rows(some)
+        for begin in range(0, num, steps):  # In this order: later tokens see earlier ones.
+            at = some, slice(begin, begin + steps)
+            out[at] = decode(model, features[at], positions[at], contexts)
+    return out
 
 
 def decode(model: PreTrainedModel, features: torch.Tensor, positions: torch.Tensor, cache: KeyValues) -> torch.Tensor:
@@ -77,8 +171,9 @@ def decode(model: PreTrainedModel, features: torch.Tensor, positions: torch.Tens
 
 
 @functools.cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    return torch.compile(decode)  # Once for all models: those of one architecture share what is compiled.
+def _compiled() -> Any:
+    # Once for all models: those of one architecture share what is compiled, and others shall not use up what these may.
+    return torch.compile(decode, recompile_limit=64)  # type: ignore[call-overload]  # torch's types lack it
 
 
 def compiled_decode(
@@ -86,9 +181,9 @@ def compiled_decode(
 ) -> torch.Tensor:
     """Does what :func:`decode` does, compiled at the first call for any number of rows and length of contexts.
 
-    A single row is compiled apart, and so is inference mode. What is rarer is left to :func:`decode`, since each kind
-    of view is another program to a compiler: rows in no order, or not from the first slot on, or whose contexts do not
-    lie one behind the other.
+    Models of one architecture share what is compiled. A single row is compiled apart, and so are rows that do not
+    begin at the first slot, inference mode, training mode, autocast and each type of the weights. What is rarer is left
+    to :func:`decode`: rows in no order, and a model with hooks, which a compiler would not see come and go.
 
     Args:
         model: see :func:`decode`, as for the others.
@@ -100,14 +195,15 @@ def compiled_decode(
         ``[B, L, D]``.
     """
     first = cache.key[0]
-    if cache.rows is not None or first.storage_offset() or not first.is_contiguous():
+    if cache.rows is not None or not first.is_contiguous() or _has_hooks(model):
         return decode(model, features, positions, cache)
     pools = () if hasattr(first, "_dynamo_weak_dynamic_indices") else cache.pools  # The same views serve many steps.
     for rows in (features, positions, *pools):
         torch._dynamo.maybe_mark_dynamic(rows, 0)
     for pool in pools:
         torch._dynamo.maybe_mark_dynamic(pool, 2)
-    return _compiled()(model, features, positions, cache)
+    out: torch.Tensor = _compiled()(model, features, positions, cache)
+    return out
 
 
 def _turns(rotary: Any, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -72,6 +72,10 @@ class KeyValues(NamedTuple):
         """Returns the results of a function for the keys and the values of each layer."""
         return self._replace(key=tuple(map(function, self.key)), value=tuple(map(function, self.value)))
 
+    def of_rows(self, some: slice) -> KeyValues:
+        """Returns views of the contexts of a part of the batch."""
+        return self.map(lambda pool: pool[some]) if self.rows is None else self._replace(rows=self.rows[some])
+
 
 class KVCache:
     """A pool of contexts, one slot per stream, found by the stream's address.
@@ -144,8 +148,21 @@ class KVCache:
             rows = torch.tensor(self._take(streams))
             self._last = streams, rows
         if any(starts):
-            self.length[rows[start]] = 0
+            self.clear(rows[start])
         return rows
+
+    def clear(self, rows: torch.Tensor) -> None:
+        """Empties contexts.
+
+        Their memory is set to zero, once a task: what is out of sight has a weight of zero, and zero times NaN is NaN.
+
+        Args:
+            rows: int64 ``[B]`` slots, on the CPU.
+        """
+        assert self._laid_out is not None
+        self.length[rows] = 0
+        for pool in self._laid_out.pools:
+            pool.index_fill_(0, rows.to(pool.device), 0)
 
     def forget(self, streams: Iterable[int]) -> None:
         """Frees the slots of streams for others.
@@ -240,14 +257,16 @@ class KVCache:
             for name, steps in self._steps.items():
                 self._steps[name] = torch.cat([steps, steps.new_zeros((more, *steps.shape[1:]))])
 
-    def key_values(self, rows: torch.Tensor, length: int) -> KeyValues:
+    def key_values(self, rows: torch.Tensor, length: int, *, contiguous: bool = False) -> KeyValues:
         """Returns the keys and values of some slots, up to a number of positions or a little more.
 
         Args:
             rows: int64 ``[B]`` slots, on the CPU.
             length: positions that are needed, at most the capacity.
+            contiguous: whether those of a run of slots shall lie one behind the other, up to what any other context
+                needs, too.
         """
-        pool = self._reach(length, len(rows) == len(self.length))
+        pool = self._reach(length, len(rows) == len(self._slots), narrow=not contiguous)
         device = pool.key[0].device
         if not _is_run(rows):
             return pool._replace(rows=rows.to(device))
@@ -256,7 +275,7 @@ class KVCache:
         first = int(rows[0])
         return pool.map(lambda part: part[first : first + len(rows)])  # A view: no copy of contexts at each step.
 
-    def _reach(self, length: int, everyone: bool) -> KeyValues:
+    def _reach(self, length: int, everyone: bool, *, narrow: bool) -> KeyValues:
         """Returns views of the first ``length`` positions or a little more; nothing is kept beyond if everyone's."""
         assert self._key_values is not None
         assert self._laid_out is not None
@@ -271,7 +290,8 @@ class KVCache:
             except BaseException:
                 self.length.zero_()  # Layers disagree: no context is an error, half of one would not be seen.
                 raise
-        return self._laid_out if need == now else self._laid_out.map(lambda part: part[:, :, :need])
+            now = need
+        return self._laid_out if need == now or not narrow else self._laid_out.map(lambda part: part[:, :, :need])
 
     def remember(self, rows: torch.Tensor, steps: Mapping[str, torch.Tensor], counts: torch.Tensor) -> None:
         """Keeps the raw steps that were just encoded, and advances the contexts' lengths.

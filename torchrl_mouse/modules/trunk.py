@@ -56,10 +56,10 @@ class Trunk(TensorDictModuleBase):
             afresh with the new weights, ``"keep"`` (a GRU's default and only choice) goes on with what they hold.
         max_streams: largest number of contexts; the least recently used is forgotten first.
         compile: run the backbone's part of a sequential step through :func:`torch.compile`; all else stays as it is.
-            It takes 10 to 20 seconds at the first step, and again for a single row. With 4 layers of width 64 on
-            one CPU core, that part is then 2 to 3 times as fast, and a whole step about 1.4 times, while the contexts
-            of all rows hold about 2,000 tokens; beyond, attention takes the time, and is the same. The attribute
-            ``compiled`` may be changed later.
+            It takes 10 to 20 seconds at the first step, and again for a single row, another architecture, inference
+            mode, autocast, training mode and other weight types. With 4 layers of width 64 on one CPU core, that part
+            is then 2 to 3 times as fast, and a whole step about 1.4 times, while the contexts of all rows hold about
+            2,000 tokens; beyond, attention takes the time, and is the same. ``compiled`` may be changed later.
 
     Raises:
         TypeError: ``window`` or ``max_streams`` is no integer.
@@ -133,6 +133,7 @@ class Trunk(TensorDictModuleBase):
         # A buffer, so that it travels with the weights to collectors in other processes.
         self.register_buffer("weight_version", torch.zeros((), dtype=torch.int64))
         self._newest_version = torch.zeros((), dtype=torch.int64)
+        self.register_load_state_dict_pre_hook(_loading)
         self.register_load_state_dict_post_hook(_loaded)
         self._cache: KVCache | None = None
         self._lock = Lock()  # An evaluator may run beside a collector, in a thread of its own.
@@ -171,6 +172,7 @@ class Trunk(TensorDictModuleBase):
             self.reset_cache()
         return self
 
+    @alone
     def reset_cache(self) -> None:
         """Forgets every context and frees its memory."""
         self._cache = None
@@ -404,8 +406,9 @@ class Trunk(TensorDictModuleBase):
             slots, tokens = rows[order], tokens[order.to(tokens.device)]
         begin = self._cache.length[slots] * self.embedder.tokens_per_step
         positions = (begin.unsqueeze(-1) + torch.arange(tokens.shape[1])).to(tokens.device)
-        kv_cache = self._cache.key_values(slots, int(begin.max()) + tokens.shape[1])
-        if self.compiled and num == 1:
+        compiled = self.compiled and num == 1
+        kv_cache = self._cache.key_values(slots, int(begin.max()) + tokens.shape[1], contiguous=compiled)
+        if compiled:
             assert isinstance(self.backbone, CausalBackbone)
             out = self.backbone.step(tokens, positions, kv_cache)
         else:
@@ -426,9 +429,14 @@ class Trunk(TensorDictModuleBase):
         counts = self._cache.length[rows].clamp(max=keep)
         kept, counts = rows[counts > 0], counts[counts > 0]
         values = self._cache.recall(kept, counts) if len(kept) else {}
-        self._cache.length[rows] = 0
+        self._cache.clear(rows)
         if values:
             self._encode(kept, values, self.embedder(values), counts)
+
+
+def _loading(_: Trunk, state_dict: dict[str, Any], prefix: str, *__: Any) -> None:
+    if (name := f"{prefix}weight_version") in state_dict:  # With `assign` the entry becomes the buffer: not theirs.
+        state_dict[name] = state_dict[name].clone()
 
 
 def _loaded(trunk: Trunk, _: Any) -> None:
