@@ -318,6 +318,17 @@ def test_runs_and_leaves_results(call, tmp_path, env):
     assert call("--env", env, "--budget", "smoke", "--output", tmp_path / "run") == printed
 
 
+def test_products_in_bfloat16(call, tmp_path):
+    kept = []
+    for precision in ("float32", "bfloat16"):
+        call("--budget", "smoke", "--precision", precision, "--output", tmp_path / precision)
+        results = json.loads((tmp_path / precision / "results.json").read_text())
+        assert results["precision"] == precision
+        kept.append(torch.tensor([entry["loss_qvalue"] for entry in results["iterations"]]))
+    assert not torch.equal(*kept)
+    torch.testing.assert_close(*kept, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("encoder", ["mlp", "recurrent"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_end(pearl, make_run, monkeypatch, encoder):
     whole = make_run(encoder=encoder)

@@ -199,6 +199,27 @@ def test_every_encoder_learns_from_the_critic(encoder):
     assert learned_by(loss, losses["loss_qvalue"]) == {"posterior", "qvalue"}
 
 
+@pytest.mark.parametrize("encoder", CONTEXT_ENCODERS)
+def test_products_in_bfloat16_change_little(encoder):
+    """Values stay in float32: that far from zero, bfloat16 has whole numbers only."""
+    loss, batch = make_loss(width=64, encoder=encoder), small_batch()
+    for part in (loss.value_network_params, loss.target_value_network_params, loss.qvalue_network_params):
+        part["module", "head", "bias"].data.fill_(300.0)
+    results, gradients = [], []
+    for enabled in (False, True):
+        loss.zero_grad()
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = loss(batch.clone())
+        sum(losses[name] for name in LOSSES).backward()
+        assert {value.dtype for value in losses.values()} == {torch.float32}
+        results.append(torch.stack([losses[name].detach() for name in LOSSES]))
+        gradients.append(torch.cat([weight.grad.flatten() for weight in loss.parameters() if weight.grad is not None]))
+    assert not torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=1e-2, atol=0)
+    assert torch.cosine_similarity(*gradients, 0) > 0.999
+
+
 def test_nothing_seen_is_the_prior():
     loss, batch = small_loss(), small_batch(context=0)
     losses = loss(batch)

@@ -58,7 +58,10 @@ class LatentMLP(nn.Module):
         columns = rows.reshape(-1, rows.shape[-1]).t()
         for layer in self.hidden_layers:
             columns = torch.addmm(layer.bias.unsqueeze(-1), layer.weight, columns).relu_()
-        columns = torch.addmm(self.head.bias.unsqueeze(-1), self.head.weight, columns)
+        # Under autocast the output stays precise: in bfloat16, values of hundreds would be whole numbers.
+        with torch.autocast(columns.device.type, enabled=False):
+            columns = columns.to(self.head.weight.dtype)
+            columns = torch.addmm(self.head.bias.unsqueeze(-1), self.head.weight, columns)
         return columns.t().reshape(*rows.shape[:-1], -1)
 
 
