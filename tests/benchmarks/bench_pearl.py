@@ -27,8 +27,8 @@ from plain_pearl import LEARNING_RATE, TAU, PlainPEARL, make_batch, make_loss, p
 CASES = {"point-robot": (2, 2, 64), "sparse-point-robot": (2, 2, 1024), "cheetah-vel": (20, 6, 100)}
 
 
-def make_step(loss: PEARLLoss, batch: TensorDict) -> Callable[[], None]:
-    """Makes our gradient step, as ``examples/pearl.py`` makes it."""
+def make_step(loss: PEARLLoss, batch: TensorDict, *, low: bool) -> Callable[[], None]:
+    """Makes our gradient step, as ``examples/pearl.py`` makes it; its products are in bfloat16 if ``low``."""
     updater, optimizer = SoftUpdate(loss, tau=TAU), torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step() -> None:
@@ -36,7 +36,8 @@ def make_step(loss: PEARLLoss, batch: TensorDict) -> Callable[[], None]:
             (loss.critic_loss, ("loss_kl", "loss_qvalue")),
             (loss.actor_loss, ("loss_value", "loss_actor")),
         ):
-            results = losses(batch)
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                results = losses(batch)
             optimizer.zero_grad()
             sum(results[name] for name in names).backward()
             optimizer.step()
@@ -63,11 +64,12 @@ def main() -> None:
     torch.set_num_threads(1)
     for name, (observation_dim, action_dim, context) in CASES.items():
         loss, batch = make_loss(observation_dim, action_dim), make_batch(observation_dim, action_dim, context=context)
-        best = measure({"plain": partial(PlainPEARL(loss).step, batch), "ours": make_step(loss, batch)}, rounds)
-        ratio = best["plain"] / best["ours"]
-        print(
-            f"{name}: plain {1e3 * best['plain']:.0f} ms, ours {1e3 * best['ours']:.0f} ms, {ratio:.2f} times as fast"
-        )
+        variants = {"plain": partial(PlainPEARL(loss).step, batch)}
+        variants |= {kind: make_step(loss, batch, low=kind != "ours") for kind in ("ours", "ours in bfloat16")}
+        best = measure(variants, rounds)
+        plainly = best.pop("plain")
+        ours = (f"{kind} {1e3 * spent:.0f} ms, {plainly / spent:.2f} times as fast" for kind, spent in best.items())
+        print(f"{name}: plain {1e3 * plainly:.0f} ms; {'; '.join(ours)}")
     columns, frames = LatentMLP(9, 1, (300,) * 3, last=3e-3), torch.randn(4096, 9)
     networks = {"rows": plain(columns), "columns": columns}
     variants = {name: lambda network=network: network(frames).sum().backward() for name, network in networks.items()}
