@@ -74,11 +74,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where all of it runs")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of products in gradient steps")
     parser.add_argument("--test", action="store_true", help="let the agent of the run so far meet the test tasks again")
-    parser.add_argument("--output", type=Path, help="folder of the run; by default runs/pearl/ENV/ENCODER-BUDGET-SEED")
+    parser.add_argument("--output", type=Path, help="folder; by default runs/pearl/ENV/ENCODER-BUDGET-SEED[-PRECISION]")
     parser.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
     arguments = parser.parse_args()
     if arguments.output is None:
         run = f"{Path(arguments.encoder).stem}-{arguments.budget}-{arguments.seed}"
+        run += "" if arguments.precision == "float32" else f"-{arguments.precision}"
         arguments.output = Path("runs/pearl") / arguments.env / run
     return arguments
 

@@ -3,12 +3,12 @@
 A small transformer sees positions, actions and rewards of all episodes of a task, and its last hidden state takes the
 place of PEARL's observation and latent: a policy head and two action-value heads read it, trained by TorchRL's SAC on
 whole tasks out of a replay buffer; so does a third, which predicts rewards. Nothing is inferred apart: to adapt is to
-have read more. The training tasks, the number of steps on them and the metric, the return of a test's last episode
-without chance in the actions, are those of `pearl.py`. The control is the same model with its context cleared at every
-episode. An interrupted run resumes from its newest checkpoint.
+have read more. The training tasks are those of `pearl.py`, and so is the metric, the return of a test's last episode
+without chance in the actions; there are no more steps than there. The control is the same model with its context
+cleared at every episode. An interrupted run resumes from its newest checkpoint.
 
     python examples/pearl_mouse.py --env point-robot --seed 42       # about 10 minutes on one core
-    python examples/pearl_mouse.py --env point-robot --budget small  # 2 minutes: fewer updates
+    python examples/pearl_mouse.py --env point-robot --budget small  # 3 minutes: a quarter of the updates
     python examples/pearl_mouse.py --env point-robot --budget smoke  # seconds, to see it run
 """
 
@@ -79,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", choices=RECIPES, default="point-robot", help="the tasks")
-    parser.add_argument("--budget", choices=BUDGETS, default="benchmark", help="small has fewer updates")
+    parser.add_argument("--budget", choices=BUDGETS, default="benchmark", help="small has a quarter of the updates")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of weights, tasks, actions and starts")
     parser.add_argument("--output", type=Path, help="folder of the run; by default runs/pearl/ENV/mouse-BUDGET-SEED")
     parser.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
@@ -134,7 +134,7 @@ class RewardLoss(LossModule):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compares the transition that lies a random distance from each step."""
-        distance = int(torch.randint(tensordict.shape[1], ()))
+        distance = int(torch.randint(1, tensordict.shape[1], ()))
         other = tensordict.select(*self.in_keys[1:])
         other = other.apply(lambda entry: entry.roll(distance, 1))  # Round the end: the window is one task.
         known = [tensordict[schema.HIDDEN], other[schema.ACTION], other["next", schema.OBSERVATION]]
@@ -146,9 +146,10 @@ class RewardLoss(LossModule):
 
 def training_env(name: str, tasks: torch.Tensor, benchmark: Benchmark, rows: int) -> EnvBase:
     """Makes rows that draw a training task each time."""
+    sizes = {"batch_size": rows, "max_steps": benchmark.max_steps}
     if name == "cheetah-vel":
-        return HalfCheetahVelEnv(tasks, batch_size=rows, max_steps=benchmark.max_steps)
-    return PointRobotEnv(tasks, batch_size=rows, max_steps=benchmark.max_steps, sparse=benchmark.sparse)
+        return HalfCheetahVelEnv(tasks, **sizes)
+    return PointRobotEnv(tasks, **sizes, sparse=benchmark.sparse)
 
 
 class Agent:
@@ -229,8 +230,8 @@ class Run:
         if arguments.budget == "small":
             self.recipe = dataclasses.replace(self.recipe, updates=int(SMALL_SHARE * self.recipe.updates))
         self.tasks, test_tasks = make_tasks(arguments.env, self.benchmark)
-        repeats = 1 if self.benchmark.sparse else REPEATS  # Sparse tasks always begin at the origin.
-        self.test_tasks = test_tasks.repeat(repeats, *[1] * (test_tasks.ndim - 1))
+        self.meetings = 1 if self.benchmark.sparse else REPEATS  # Sparse tasks always begin at the origin.
+        self.test_tasks = test_tasks.repeat(self.meetings, *[1] * (test_tasks.ndim - 1))
         torch.manual_seed(arguments.seed)
         self.agent = Agent(arguments.env, self.benchmark, self.recipe)
         self.file = arguments.output / "history.json"
@@ -238,12 +239,8 @@ class Run:
     @property
     def frames(self) -> tuple[int, int]:
         """The environment steps between updates, and all of them: no more than PEARL has on training tasks."""
-        benchmark = self.benchmark
-        steps = benchmark.prior_steps + benchmark.posterior_steps + benchmark.extra_steps
-        most = benchmark.num_train * benchmark.initial_steps
-        most += benchmark.iterations * benchmark.tasks_per_iteration * steps
-        each = self.recipe.rows * self.agent.episodes * benchmark.max_steps
-        return each, max(1, most // each) * each
+        each = self.recipe.rows * self.agent.episodes * self.benchmark.max_steps
+        return each, max(1, self.benchmark.training_steps // each) * each
 
     def train(self) -> None:
         """Plays, learns and is tested in turns, from the newest checkpoint if there is one."""
@@ -283,7 +280,7 @@ class Run:
 
     def evaluate(self) -> dict[str, float]:
         """Meets all tasks anew; notes the outcome under the number of tasks played until then."""
-        entry = {}
+        entry = {"environment_steps": len(self.buffer) * self.agent.episodes * self.benchmark.max_steps}
         for kind, tasks in (("train", self.tasks), ("test", self.test_tasks)):
             returns, starts = self.agent.test(tasks)
             entry[f"{kind}_return"] = returns[:, -1].mean().item()
@@ -303,6 +300,7 @@ class Run:
         """Tests the agent and its control, writes all results, and returns those that count."""
         arguments, agent = self.arguments, self.agent
         options = {"environment": arguments.env, "agent": "MOUSE", "budget": arguments.budget, "seed": arguments.seed}
+        options["meetings"] = self.meetings  # with each test task
         results = save(options, list(self.history.values()), arguments.output)
         torch.manual_seed(arguments.seed)
         returns = {
@@ -322,9 +320,18 @@ def main() -> None:
     """Trains, or goes on, and prints the results."""
     arguments = parse_arguments()
     training = Run(arguments)
-    recipe = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, int | float)}
-    options = {"env": arguments.env, "budget": arguments.budget, "seed": arguments.seed} | recipe
-    options |= dataclasses.asdict(training.benchmark) | dataclasses.asdict(training.recipe)
+    read = ("num_train", "num_test", "max_steps", "test_episodes", "training_steps", "reward_scale", "sparse")
+    options = {name: getattr(arguments, name) for name in ("env", "budget", "seed")}
+    options |= {name: getattr(training.benchmark, name) for name in read}
+    options["recipe"] = dataclasses.asdict(training.recipe) | {
+        "hidden": HIDDEN,
+        "layers": LAYERS,
+        "heads": HEADS,
+        "learning_rate": LEARNING_RATE,
+        "weight_decay": WEIGHT_DECAY,
+        "tau": TAU,
+        "reward_weight": REWARD_WEIGHT,
+    }
     try:
         claim(arguments.output, options, restart=arguments.restart)
     except ValueError as error:

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, Qwen3Config, Qwen3Model
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from torchrl_mouse.modules import CausalBackbone, KeyValues
 from torchrl_mouse.modules import backbone as backbone_module
@@ -266,35 +267,66 @@ def test_hooks_that_would_act_in_training_only_are_refused(name, hook):
     backbone(*some, kv_cache=cache)
     handle = getattr(backbone.get_submodule(name), hook)(lambda *_: None)
     for call in (backbone, backbone.step):
-        with pytest.raises(RuntimeError, match=f"{name} must have no forward hooks.*Hook projections"):
+        with pytest.raises(RuntimeError, match=f"{name} must have no forward hooks .*lambda.* Hook projections"):
             call(*some, kv_cache=cache)
     handle.remove()
     backbone(*some, kv_cache=cache)
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+class OtherLayer(LlamaDecoderLayer):
+    def forward(self, *args, **kwargs):
+        return 2 * super().forward(*args, **kwargs)
+
+
 @pytest.mark.parametrize("name", PASSED_BY)
-def test_a_forward_that_was_put_in_is_refused(name):
+@pytest.mark.parametrize("late", [False, True])
+def test_a_forward_that_was_put_in_is_refused(name, late):
     backbone = make("llama")
+    cache = backbone.new_kv_cache(2)
+    some = torch.randn(2, 1, 16), torch.zeros(2, 1).long()
+    if late:
+        backbone(*some, kv_cache=cache)
     part = backbone.get_submodule(name)
-    part.forward = part.forward
-    with pytest.raises(RuntimeError, match=f"{name} must have .* no forward of its own"):
-        backbone(torch.randn(2, 1, 16), torch.zeros(2, 1).long(), kv_cache=backbone.new_kv_cache(2))
+    forward = part.forward
+    part.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    for call in (backbone, backbone.step):
+        with pytest.raises(TypeError, match=f"{name} must have the forward of transformers .* Change projections"):
+            call(*some, kv_cache=cache)
+    part.forward = forward
+    backbone(*some, kv_cache=cache)
 
 
-def test_wrapped_layers_are_refused():
-    class Wrapper(torch.nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, *args, **kwargs):
-            return self.layer(*args, **kwargs)
-
+@pytest.mark.parametrize("kind", [Wrapper, lambda layer: OtherLayer(make("llama").model.config, 1)])
+@pytest.mark.parametrize("late", [False, True])
+def test_other_layers_are_refused(kind, late):
     backbone = make("llama")
-    backbone.model.layers[1] = Wrapper(backbone.model.layers[1])
+    cache = backbone.new_kv_cache(2)
+    some = torch.randn(2, 1, 16), torch.zeros(2, 1).long()
+    if late:
+        backbone(*some, kv_cache=cache)
+    backbone.model.layers[1] = layer = kind(backbone.model.layers[1])
     backbone(torch.randn(2, 3, 16))
-    with pytest.raises(TypeError, match=r"model.layers.1 must be of transformers to act step by step, got Wrapper"):
-        backbone(torch.randn(2, 1, 16), torch.zeros(2, 1).long(), kv_cache=make("llama").new_kv_cache(2))
+    with pytest.raises(TypeError, match=rf"model.layers.1 must have the forward .* got one of {type(layer).__name__}"):
+        backbone(*some, kv_cache=cache)
+
+
+def test_hidden_states_may_have_been_looked_at():
+    backbone = make("llama")
+    features, cache = torch.randn(2, 1, 16), backbone.new_kv_cache(2)
+    seen = backbone.model(inputs_embeds=features, output_hidden_states=True, output_attentions=True, use_cache=False)
+    assert len(seen.hidden_states) == 3
+    assert any(module._forward_hooks for module in backbone.modules())
+    cached, _ = backbone(features, torch.zeros(2, 1).long(), kv_cache=cache)
+    torch.testing.assert_close(cached, backbone(features)[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "input_layernorm", "mlp"])

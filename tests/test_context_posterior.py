@@ -70,6 +70,33 @@ def test_no_context_is_the_prior_and_asks_nobody(kind):
     assert torch.equal(belief["posterior_scale"], torch.ones(4, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_beliefs_are_at_least_in_float32(dtype):
+    """An encoder may take ids, or data of half precision."""
+
+    class Table(torch.nn.Module):
+        output_size = 6
+
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(4, 6)
+
+        def forward(self, context):
+            return self.table(context.long()).squeeze(-2)
+
+        def reset(self, num_tasks=1):
+            pass
+
+    posterior = ContextPosterior(Table(), in_keys=["ids"])
+    for num in (0, 5):
+        belief = posterior(TensorDict({"ids": torch.ones(2, num, 1, dtype=dtype)}, [2]))
+        at_least = torch.float64 if dtype == torch.float64 and not num else torch.float32
+        assert {belief[key].dtype for key in posterior.out_keys} == {at_least}
+    with torch.autocast("cpu", torch.bfloat16):
+        belief = ContextPosterior(make("mlp"))(context(2, 5))
+    assert belief["posterior_scale"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("tasks", [(), (4,), (2, 3)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_dimensions_of_tasks(kind, tasks):

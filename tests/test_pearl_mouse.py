@@ -61,12 +61,15 @@ def test_a_killed_run_goes_on_and_a_finished_one_stays(example, monkeypatch, cap
     process.communicate()
     assert process.returncode == -signal.SIGKILL, "it was still at work"
     assert not (output / "results.json").exists()
+    before = json.loads((output / "history.json").read_text())
 
     process = program(output)
     printed, error = process.communicate()
     assert process.returncode == 0, error[-3000:]
     history = json.loads((output / "history.json").read_text())
     assert list(history) == ["2", "4", "6"], "of the six tasks that the budget allows, two at a time"
+    assert [entry["environment_steps"] for entry in history.values()] == [120, 240, 360]
+    assert list(history.items())[:1] == list(before.items())[:1], "what was done was not done again"
     results = json.loads((output / "results.json").read_text())
     assert results["iterations"] == list(history.values())
     assert results["meta_test_return"] == history["6"]["test_return"]
@@ -82,6 +85,56 @@ def test_a_killed_run_goes_on_and_a_finished_one_stays(example, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", [*arguments, "--seed", "1"])
     with pytest.raises(SystemExit, match=r"got seed 1 instead of 42.*--restart"):
         example.main()
+
+
+@pytest.fixture
+def train(example, monkeypatch, tmp_path):
+    """Trains until some tasks were played and noted, but not saved; returns where their second episodes begin."""
+
+    def start(name, *, tasks, seed=42):
+        output = tmp_path / name
+        monkeypatch.setattr(
+            sys, "argv", [str(PROGRAM), "--budget", "smoke", "--seed", str(seed), "--output", str(output)]
+        )
+        arguments = example.parse_arguments()
+        training = example.Run(arguments)
+        output.mkdir(exist_ok=True)
+        evaluate, begin = training.evaluate, []
+
+        def stop():
+            noted = evaluate()
+            begin.append(training.buffer[len(training.buffer) - 2 : len(training.buffer)]["observation"][:, 21])
+            if len(training.buffer) == tasks:
+                raise KeyboardInterrupt
+            return noted
+
+        training.evaluate = stop
+        with pytest.raises(KeyboardInterrupt):
+            training.train()
+        return begin, training.history
+
+    return start
+
+
+def test_the_seed_decides_a_run(train):
+    first, history = train("first", tasks=4)
+    again, same = train("again", tasks=4)
+    other, _ = train("other", tasks=2, seed=7)
+    for one, two in zip(first, again, strict=True):
+        assert torch.equal(one, two)
+    assert history == same
+    assert not torch.isclose(first[0], other[0]).any()
+
+
+def test_a_resumed_run_plays_other_tasks(train):
+    """It is stopped after the second test, before the second checkpoint."""
+    first, history = train("run", tasks=4)
+    resumed, after = train("run", tasks=6)
+    assert [len(first), len(resumed)] == [2, 2], "what was saved is not done again"
+    assert list(after) == ["2", "4", "6"]
+    assert after["2"] == history["2"]
+    starts = torch.cat([*first, *resumed])
+    assert len(starts.unique(dim=0)) == len(starts), "nor are its tasks"
 
 
 @pytest.mark.parametrize(

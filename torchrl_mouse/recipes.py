@@ -65,9 +65,18 @@ class _Trainer(Trainer):
     def _execution_weight_publication(self) -> Any:
         return self._compose_execution_weight_publication(self.exploration_module)
 
+    def set_seed(self) -> None:
+        super().set_seed()
+        if hasattr(self.collector, "reset"):  # It has begun tasks already, which the seed decides, too.
+            self.collector.reset()
+
     def load_from_file(self, file: str | Path, **kwargs: Any) -> Trainer:
         super().load_from_file(file, **kwargs)
         self.fetch()
+        if not isinstance(self.collector, OfflineSource):
+            # Environments have no state that could be saved: with the old seed they would begin with the old tasks.
+            self.seed += self.collected_frames
+            self.set_seed()
         return self
 
     def fetch(self) -> None:
@@ -297,7 +306,7 @@ def online_trainer(
     """Builds a :class:`~torchrl.trainers.Trainer` that collects, stores and learns in turns.
 
     Checkpoints hold the loss (trunk, heads, targets), the policy, the optimiser, the schedule and the buffer;
-    :func:`run` resumes from the newest. Tasks that were being played are begun anew.
+    :func:`run` resumes from the newest, with a seed of its own; tasks that were being played are lost.
 
     Args:
         loss: what is minimised, the sum of its entries that begin with ``loss``.

@@ -132,12 +132,13 @@ class DatasetStore(Storage):
         rows = as_rows(index, self._require_rows("read"))
         # NumPy takes less time than torch for arithmetic on some thousand integers.
         own, bounds = rows.numpy(), self._task_bounds.numpy()
-        task = bounds[:-1].searchsorted(own, "right")
-        last = bounds.take(task) - 1
+        task = bounds[1:].searchsorted(own, "right")
+        last = (bounds[1:] - 1).take(task)
         pair = np.empty((2, *own.shape), np.int64)
-        pair[0], pair[1] = own, np.minimum(own + 1, last)
+        pair[0] = own
+        np.minimum(own + 1, last, out=pair[1])
         records = self._read_pairs(torch.from_numpy(pair), self._selection.parts)
-        begins = torch.as_tensor(own == bounds.take(task - 1))
+        begins = torch.as_tensor(own == bounds.take(task))
         ends, next_ends = torch.from_numpy(pair == last).unbind()
         return self._selection.steps(records, begins=begins, ends=ends, next_ends=next_ends)
 

@@ -108,8 +108,9 @@ class ContextPosterior(TensorDictModuleBase):
             parameters = encode_context(self.encoder, context.reshape(-1, *context.shape[-2:]))
         else:  # What was kept between calls is of no context either.
             parameters = context.new_zeros(shape[:-1].numel(), 0, 2 * self.latent_size)
-        # Evidence is summed as precisely as it came, under autocast too.
-        mean, spread = parameters.to(context.dtype).chunk(2, -1)
+        # Half precision, as autocast has it, is not enough to sum evidence in.
+        parameters = parameters.to(torch.promote_types(parameters.dtype, torch.float32))
+        mean, spread = parameters.chunk(2, -1)
         mean, variance = gaussian_product(mean, functional.softplus(spread))
         for key, value in zip(self.out_keys, (mean, variance.sqrt()), strict=True):
             tensordict.set(key, value.reshape(*shape[:-1], self.latent_size))

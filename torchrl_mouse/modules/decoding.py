@@ -10,18 +10,38 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaModel,
+    LlamaRotaryEmbedding,
+)
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    Qwen3DecoderLayer,
+    Qwen3Model,
+    Qwen3RotaryEmbedding,
+)
+from transformers.utils import output_capturing
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from transformers import PreTrainedModel
 
     from torchrl_mouse.modules.kv_cache import KeyValues
 
-_ATTENTIONS = LlamaAttention, Qwen3Attention
-
 _MASKED_AT_ONCE = 2**24
 """Bytes of a mask: many tokens of a few contexts, and little beside the contexts themselves."""
+
+_FORWARDS = {
+    "model": (LlamaModel.forward, Qwen3Model.forward),
+    "rotary_emb": (LlamaRotaryEmbedding.forward, Qwen3RotaryEmbedding.forward),
+    "norm": (torch.nn.Identity.forward,),
+    "layer": (LlamaDecoderLayer.forward, Qwen3DecoderLayer.forward),
+    "self_attn": (LlamaAttention.forward, Qwen3Attention.forward),
+}
+"""What :func:`decode` does in place of calling it."""
 
 _without_hooks: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 """The models that were seen to have no hooks, with the number of the newest hook of the process at that time."""
@@ -37,9 +57,9 @@ def check_pass(model: PreTrainedModel, features: torch.Tensor, cache: KeyValues)
 
     Raises:
         ValueError: the cache is of another number of rows.
-        TypeError: a decoder layer or its attention is not one of `transformers`, but wrapped, say.
-        RuntimeError: the model, a layer, its attention, the rotary embedding or the final norm has forward hooks, or a
-            ``forward`` of its own, which would act in training only.
+        TypeError: the model, a layer, its attention, the rotary embedding or the final norm is wrapped, or has a
+            ``forward`` that is not of `transformers`, which would act in training only.
+        RuntimeError: one of these has forward hooks, which would act in training only.
     """
     slots = len(cache.key[0] if cache.rows is None else cache.rows)
     if len(features) != slots:
@@ -47,38 +67,42 @@ def check_pass(model: PreTrainedModel, features: torch.Tensor, cache: KeyValues)
             f"CausalBackbone: kv_cache must have a slot for each row of features, got {slots} for {len(features)}. "
             "Give the slots of the rows as its rows."
         )
-    _has_hooks(model)
+    _check_part("model", "model", model)
+    for kind in ("rotary_emb", "norm"):
+        _check_part(kind, f"model.{kind}", getattr(model, kind))
+    for number, layer in enumerate(model.layers):
+        _check_part("layer", f"model.layers.{number}", layer)
+        _check_part("self_attn", f"model.layers.{number}.self_attn", layer.self_attn)
+
+
+def _check_part(kind: str, name: str, part: torch.nn.Module) -> None:
+    if getattr(part.forward, "__func__", None) not in _FORWARDS[kind]:
+        raise TypeError(
+            f"CausalBackbone: {name} must have the forward of transformers to act step by step, got one of "
+            f"{type(part).__name__}, which would act in training only. Change projections, norms or the MLP instead."
+        )
+    if (part._forward_hooks or part._forward_pre_hooks) and (hook := next(_hooks(part), None)) is not None:
+        raise RuntimeError(
+            f"CausalBackbone: {name} must have no forward hooks to act step by step, got {hook!r}, which would act in "
+            "training only. Hook projections, norms or the MLP instead."
+        )
+
+
+def _hooks(module: torch.nn.Module) -> Iterator[Callable[..., Any]]:
+    """Goes through a module's forward hooks, but for those with which `transformers` only looks on."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        if getattr(hook, "__module__", None) != output_capturing.__name__:
+            yield hook
 
 
 def _has_hooks(model: PreTrainedModel) -> bool:
-    """Whether any module of the model has hooks; raises if one has whose hooks would be passed by."""
     newest = RemovableHandle.next_id
     if _without_hooks.get(model) == newest:  # To look at all modules takes as long as a layer.
         return False
-    _check_parts(model)
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if any(True for module in model.modules() for _ in _hooks(module)):
         return True
     _without_hooks[model] = newest
     return False
-
-
-def _check_parts(model: PreTrainedModel) -> None:
-    parts: dict[str, Any] = {"model": model, "model.norm": model.norm, "model.rotary_emb": model.rotary_emb}
-    for number, layer in enumerate(model.layers):
-        name = f"model.layers.{number}"
-        parts |= {name: layer, f"{name}.self_attn": getattr(layer, "self_attn", None)}
-        for part, known in ((name, (LlamaDecoderLayer, Qwen3DecoderLayer)), (f"{name}.self_attn", _ATTENTIONS)):
-            if not isinstance(parts[part], known):
-                raise TypeError(
-                    f"CausalBackbone: {part} must be of transformers to act step by step, got "
-                    f"{type(parts[part]).__name__}. Wrap projections, norms or the MLP instead."
-                )
-    for name, part in parts.items():
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-            raise RuntimeError(
-                f"CausalBackbone: {name} must have no forward hooks, and no forward of its own, to act step by step, "
-                "got one, which would act in training only. Hook projections, norms or the MLP instead."
-            )
 
 
 def decode_in_parts(

@@ -161,8 +161,9 @@ class KVCache:
         """
         assert self._laid_out is not None
         self.length[rows] = 0
+        rows = rows.to(self._laid_out.key[0].device)
         for pool in self._laid_out.pools:
-            pool.index_fill_(0, rows.to(pool.device), 0)
+            pool.index_fill_(0, rows, 0)
 
     def forget(self, streams: Iterable[int]) -> None:
         """Frees the slots of streams for others.

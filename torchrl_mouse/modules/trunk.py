@@ -56,10 +56,10 @@ class Trunk(TensorDictModuleBase):
             afresh with the new weights, ``"keep"`` (a GRU's default and only choice) goes on with what they hold.
         max_streams: largest number of contexts; the least recently used is forgotten first.
         compile: run the backbone's part of a sequential step through :func:`torch.compile`; all else stays as it is.
-            It takes 10 to 20 seconds at the first step, and again for a single row, another architecture, inference
-            mode, autocast, training mode and other weight types. With 4 layers of width 64 on one CPU core, that part
-            is then 2 to 3 times as fast, and a whole step about 1.4 times, while the contexts of all rows hold about
-            2,000 tokens; beyond, attention takes the time, and is the same. ``compiled`` may be changed later.
+            It takes 10 to 20 seconds at the first step, and again for a single row, rows beyond the first contexts,
+            another architecture, inference or training mode, autocast and other types of weights. With 4 layers of
+            width 64 on one CPU core, that part is then 2 to 3 times as fast, and a whole step about 1.4 times, while
+            the contexts of all rows hold about 2,000 tokens; beyond, attention takes the time. ``compiled`` may change.
 
     Raises:
         TypeError: ``window`` or ``max_streams`` is no integer.
