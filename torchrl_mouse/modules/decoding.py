@@ -50,6 +50,8 @@ _without_hooks: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 def check_pass(model: PreTrainedModel, features: torch.Tensor, cache: KeyValues) -> None:
     """Raises unless :func:`decode` can stand in for ``model.forward``, before anything is written.
 
+    The model is looked at in its first pass, and again once a hook was registered anywhere.
+
     Args:
         model: see :func:`decode`, as for the others.
         features: ``[B, L, D]``.
@@ -67,12 +69,7 @@ def check_pass(model: PreTrainedModel, features: torch.Tensor, cache: KeyValues)
             f"CausalBackbone: kv_cache must have a slot for each row of features, got {slots} for {len(features)}. "
             "Give the slots of the rows as its rows."
         )
-    _check_part("model", "model", model)
-    for kind in ("rotary_emb", "norm"):
-        _check_part(kind, f"model.{kind}", getattr(model, kind))
-    for number, layer in enumerate(model.layers):
-        _check_part("layer", f"model.layers.{number}", layer)
-        _check_part("self_attn", f"model.layers.{number}.self_attn", layer.self_attn)
+    _has_hooks(model)
 
 
 def _check_part(kind: str, name: str, part: torch.nn.Module) -> None:
@@ -81,7 +78,7 @@ def _check_part(kind: str, name: str, part: torch.nn.Module) -> None:
             f"CausalBackbone: {name} must have the forward of transformers to act step by step, got one of "
             f"{type(part).__name__}, which would act in training only. Change projections, norms or the MLP instead."
         )
-    if (part._forward_hooks or part._forward_pre_hooks) and (hook := next(_hooks(part), None)) is not None:
+    for hook in _hooks(part):
         raise RuntimeError(
             f"CausalBackbone: {name} must have no forward hooks to act step by step, got {hook!r}, which would act in "
             "training only. Hook projections, norms or the MLP instead."
@@ -96,9 +93,19 @@ def _hooks(module: torch.nn.Module) -> Iterator[Callable[..., Any]]:
 
 
 def _has_hooks(model: PreTrainedModel) -> bool:
+    """Says whether any module has hooks; raises where :func:`check_pass` says so.
+
+    To look at all modules takes as long as a layer: they are looked at again once a hook was registered anywhere.
+    """
     newest = RemovableHandle.next_id
-    if _without_hooks.get(model) == newest:  # To look at all modules takes as long as a layer.
+    if _without_hooks.get(model) == newest:
         return False
+    for kind in ("rotary_emb", "norm"):
+        _check_part(kind, f"model.{kind}", getattr(model, kind))
+    for number, layer in enumerate(model.layers):
+        _check_part("layer", f"model.layers.{number}", layer)
+        _check_part("self_attn", f"model.layers.{number}.self_attn", layer.self_attn)
+    _check_part("model", "model", model)
     if any(True for module in model.modules() for _ in _hooks(module)):
         return True
     _without_hooks[model] = newest
