@@ -135,8 +135,7 @@ class DatasetStore(Storage):
         task = bounds[1:].searchsorted(own, "right")
         last = (bounds[1:] - 1).take(task)
         pair = np.empty((2, *own.shape), np.int64)
-        pair[0] = own
-        np.minimum(own + 1, last, out=pair[1])
+        pair[0], pair[1] = own, np.minimum(own + 1, last)
         records = self._read_pairs(torch.from_numpy(pair), self._selection.parts)
         begins = torch.as_tensor(own == bounds.take(task))
         ends, next_ends = torch.from_numpy(pair == last).unbind()
