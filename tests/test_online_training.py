@@ -17,7 +17,7 @@ from torchrl.modules import EGreedyModule
 from torchrl.objectives import SoftUpdate
 
 from torchrl_mouse.data import DatasetStore, replay_buffer
-from torchrl_mouse.envs import DarkRoomEnv, TaskEnv
+from torchrl_mouse.envs import DarkRoomEnv, DecisionMask, TaskEnv
 from torchrl_mouse.objectives import MouseDQNLoss
 from torchrl_mouse.recipes import online_trainer, run
 
@@ -28,12 +28,12 @@ ROWS, TASK = 4, 9  # two episodes of four steps, and a step from the first one's
 class Training:
     """An online trainer on a small Dark Room, and its parts."""
 
-    def __init__(self, model, directory, *, frames=3 * ROWS * TASK, **options):
+    def __init__(self, model, directory, *, frames=3 * ROWS * TASK, postproc=None, **options):
         room = DarkRoomEnv(range(9), batch_size=ROWS, size=3, max_steps=4, terminate_on_goal=False, seed=0)
         env = TaskEnv(room, episodes_per_task=2)
         self.explore = EGreedyModule(env.action_spec, eps_init=0.5, eps_end=0.1, annealing_num_steps=1000)
         self.policy = TensorDictSequential(model.actor(env.action_spec_unbatched, head="dqn"), self.explore)
-        self.collector = Collector(env, self.policy, frames_per_batch=ROWS * TASK, total_frames=-1)
+        self.collector = Collector(env, self.policy, frames_per_batch=ROWS * TASK, total_frames=-1, postproc=postproc)
         self.loss = MouseDQNLoss(model.head("dqn"), trunk=model.trunk)
         self.store = DatasetStore(max_action_dim=5, max_obs_continuous_dim=2, max_obs_discrete_dim=9)
         self.model = model
@@ -77,6 +77,14 @@ def test_plays_stores_learns_and_tests_in_turns(make_model, tmp_path):
     told = 3 * 2 + 4  # by every update, and with the weights at the beginning and after each batch
     assert int(training.model.trunk.weight_version) == told
     assert training.trainer._log_dict["success"] == [1.0]
+
+
+def test_masked_steps_are_not_counted(make_model, tmp_path):
+    frames = 3 * ROWS * (TASK - 1)  # without the steps from terminal frames
+    training = Training(make_model(), tmp_path, frames=frames, postproc=DecisionMask(), evaluation_interval=frames // 3)
+    run(training.trainer)
+    assert training.evaluations == [frames // 3, 2 * frames // 3, frames]
+    assert training.explore.eps.item() == pytest.approx(0.5 - 0.4 * frames / 1000, abs=1e-5)
 
 
 def test_a_stopped_run_goes_on(make_model, tmp_path):

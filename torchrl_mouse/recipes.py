@@ -15,6 +15,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import DefaultOptimizationStepper
 
+from torchrl_mouse import schema
 from torchrl_mouse.data.offline import OfflineSource
 from torchrl_mouse.data.saving import replace_json
 from torchrl_mouse.modules.trunk import Trunk
@@ -379,11 +380,13 @@ def online_trainer(
             trainer.register_op(stage, partial(update_weights, policy, collector))
 
     def after_batch(batch: TensorDictBase) -> dict[str, float]:
+        mask = batch.get(schema.MASK, None)
+        played = batch.numel() if mask is None else int(mask.sum())  # as the trainer counts
         if explore is not None:
-            explore.step(batch.numel())
+            explore.step(played)
         frames = trainer.collected_frames
         log = {} if explore is None else {"epsilon": float(explore.eps)}
-        if evaluate is not None and frames // evaluation_interval > (frames - batch.numel()) // evaluation_interval:
+        if evaluate is not None and frames // evaluation_interval > (frames - played) // evaluation_interval:
             trainer.fetch()
             log.update(evaluate())
         return log
