@@ -330,6 +330,14 @@ def test_one_critic_is_too_few():
         PEARLLoss(ContextPosterior(encoder), latent_actor(2, 2, 3), [latent_qvalue(2, 2, 3)], latent_value(2, 3))
 
 
+def test_networks_for_another_latent():
+    loss, batch = make_loss(), make_batch()
+    encoder = make_context_encoder("mlp", hidden_sizes=[4], input_size=5, output_size=2 * 7)
+    loss.posterior = ContextPosterior(encoder)
+    with pytest.raises(ValueError, match=r"LatentMLP: inputs must have 7 numbers together, got 2 \+ 7"):
+        loss(batch)
+
+
 def test_any_module_can_infer_the_belief():
     """The loss needs no reset, and no context of a certain form."""
 

@@ -35,6 +35,9 @@ class LatentMLP(nn.Module):
         hidden_sizes: widths of the hidden layers.
         last: weights and biases of the last layer are uniform in [-last, last].
 
+    Raises:
+        ValueError: the inputs of a call have another size.
+
     Examples:
         >>> LatentMLP(5, 3, (8, 8), last=1e-3)(torch.zeros(4, 2), torch.zeros(4, 3)).shape
         torch.Size([4, 3])
@@ -47,6 +50,7 @@ class LatentMLP(nn.Module):
         for layer in layers:
             fanin_init(layer.weight)
             nn.init.constant_(layer.bias, _HIDDEN_BIAS)
+        self.in_features = in_features
         self.hidden_layers: Iterable[Any] = nn.ModuleList(layers)
         self.head = nn.Linear([in_features, *hidden_sizes][-1], out_features)
         for parameter in self.head.parameters():
@@ -55,6 +59,12 @@ class LatentMLP(nn.Module):
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
         """Computes ``[*, out_features]`` from inputs ``[*, .]``."""
         rows = torch.cat(inputs, -1)
+        if rows.shape[-1] != self.in_features:
+            sizes = " + ".join(str(value.shape[-1]) for value in inputs)
+            raise ValueError(
+                f"LatentMLP: inputs must have {self.in_features} numbers together, got {sizes}. Make it for the sizes "
+                "of observation, action and latent."
+            )
         columns = rows.reshape(-1, rows.shape[-1]).t()
         for layer in self.hidden_layers:
             columns = torch.addmm(layer.bias.unsqueeze(-1), layer.weight, columns).relu_()
