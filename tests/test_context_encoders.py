@@ -299,7 +299,7 @@ def test_bayesian_belief_is_that_of_linear_regression():
     """Against the definition, one measurement after the other (a Kalman filter's updates), in plain numbers."""
     encoder = BayesianContextEncoder(HIDDEN, INPUT, OUTPUT, num_measurements=2, size=3)
     context = torch.randn(1, 7, INPUT)
-    measured = encoder.last_fc(encoder.encode(context)).detach().double().reshape(14, 4)
+    measured = encoder.encode(context).detach().double().reshape(14, 4)
     mean, covariance = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     for *what, much in measured:
         what = torch.stack(what)
@@ -324,6 +324,37 @@ def test_bayesian_belief_only_gets_surer(num, more, seed, scale):
     assert (before <= 1 + 1e-5).all()  # the prior's
     assert (after <= before * (1 + 1e-4) + 1e-7).all()
     assert after.isfinite().all()
+
+
+def test_no_reward_measures_nothing():
+    encoder, rows = make("bayesian"), torch.randn(3, 9, INPUT)
+    rows[:, ::2, -1] = 0
+    torch.testing.assert_close(encoder(rows), encoder(rows[:, 1::2]))
+
+
+def test_without_rewards_beliefs_of_training_are_tried_out():
+    encoder, rows = make("bayesian").train(), torch.randn(6, 9, INPUT)
+    rows[4:, :, -1] = 0
+    beliefs = encoder(rows)
+    mean, spread = beliefs[4:].chunk(2, -1)
+    assert (mean == 3).all(), "set aside"
+    torch.testing.assert_close(nn.functional.softplus(spread), torch.ones_like(spread))
+    other = make("bayesian")
+    other.load_state_dict(encoder.state_dict())
+    several = torch.cat([rows[:1], rows[4:5].expand(9999, -1, -1)])
+    tried = other(several)
+    torch.testing.assert_close(tried[0], beliefs[0])
+    known = {tuple(row) for row in beliefs[:4].tolist()} | {(0.0,) * OUTPUT}  # zeros before anything is known
+    assert {tuple(row) for row in tried[1:].tolist()} == known
+
+
+def test_what_is_known_is_of_the_last_updates():
+    encoder = make("bayesian").train()
+    for _ in range(30):
+        beliefs = encoder(torch.randn(16, 9, INPUT))
+    assert len(encoder.known) == 256
+    torch.testing.assert_close(encoder.known[:16], beliefs)
+    assert not encoder.known.requires_grad
 
 
 @pytest.mark.parametrize("name", ["num_measurements", "size"])

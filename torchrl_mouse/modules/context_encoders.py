@@ -17,6 +17,9 @@ from torchrl_mouse.modules.encoder_files import PyTorchModule, fanin_init, load_
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_NUM_KNOWN = 256  # beliefs to try out, of the last 16 updates or more in PEARL
+_ASIDE = 3.0  # in standard deviations of the prior, in each dimension
+
 
 class ContextEncoder(PyTorchModule):
     """Reads transitions and returns the parameters of Gaussians over the task's latent variable.
@@ -230,9 +233,8 @@ class TransformerContextEncoder(ContextEncoder):
 
     A product of Gaussians grows surer with every transition, as if each were news, so that it is wrong with confidence
     where they are few or alike. Here the whole set makes one Gaussian, and in training mode each task shows its first
-    ``n`` transitions only, ``n`` drawn uniformly in its logarithm from 1 to ``N``: beliefs are trained for every number
-    of them. (Of independent draws the first are a random subset, of trajectories what an agent has seen at some time.)
-    In evaluation mode all are read.
+    ``n`` transitions only, ``n`` drawn uniformly in its logarithm from 1 to ``N``: of independent draws a random subset,
+    of trajectories what an agent has seen at some time. In evaluation mode all are read.
 
     The order of the transitions that are read does not matter, and the cost grows linearly with their number (as with
     the Set Transformer's inducing points, arXiv:1810.00825): transitions meet in the queries, not each other.
@@ -314,12 +316,17 @@ class BayesianContextEncoder(ContextEncoder):
 
     of which the latent variable is a projection with unit rows. In PEARL's product a transition narrows every dimension
     by itself; here it may say that the goal lies on a certain line, and the next one where on it. What was said before
-    is no news, so beliefs are calibrated after 20 transitions and after 1,000, whatever number was trained on. The
-    order of transitions does not matter. (Meta-learned features under a Bayesian last layer: arXiv:1807.08912.)
+    is no news, so beliefs are calibrated after 20 transitions and after 1,000, whatever number was trained on, and in
+    any order. (Meta-learned features under a Bayesian last layer: arXiv:1807.08912.)
+
+    A reward of zero measures nothing. Were the belief of a context without rewards the prior, an actor would learn on
+    the prior's draws what is best in all tasks together, and nobody would explore. So such beliefs are set far aside in
+    training mode, and in evaluation mode drawn from those that contexts with rewards had last in training mode: who
+    knows nothing tries out what was a task before, as in Thompson sampling.
 
     Args:
         hidden_sizes: as for :class:`ContextEncoder`.
-        input_size: as for :class:`ContextEncoder`.
+        input_size: as for :class:`ContextEncoder`; the last number of a transition is its reward.
         output_size: as for :class:`ContextEncoder`.
         num_measurements: ``K``.
         size: of ``w``, more than the latent variable has: the reward is linear in few things, but in more than these.
@@ -344,38 +351,45 @@ class BayesianContextEncoder(ContextEncoder):
     ) -> None:
         self.save_init_params(locals())
         super().__init__(hidden_sizes, input_size, output_size)
-        check_size("BayesianContextEncoder", "num_measurements", num_measurements)
-        check_size("BayesianContextEncoder", "size", size)
+        for name, value in (("num_measurements", num_measurements), ("size", size)):
+            check_size("BayesianContextEncoder", name, value)
         if output_size % 2:
             raise ValueError(
                 f"BayesianContextEncoder: output_size must be even, means and variances, got {output_size}. Make it "
                 "twice the size of the latent variable."
             )
-        self.shape = (num_measurements, size + 1)
+        self.row_size = size + 1
         self.hidden_layers = _hidden_layers(input_size, hidden_sizes)
         width = [input_size, *hidden_sizes][-1]
-        self.last_fc = nn.Linear(width, num_measurements * (size + 1))
+        self.last_fc = nn.Linear(width, num_measurements * self.row_size)
         nn.init.uniform_(self.last_fc.weight, -(width**-0.5), width**-0.5)
         nn.init.zeros_(self.last_fc.bias)
         self.projection = nn.Linear(size, output_size // 2, bias=False)
+        self.known: torch.Tensor
+        self.register_buffer("known", torch.zeros(_NUM_KNOWN, output_size))
 
     def encode(self, context: torch.Tensor) -> torch.Tensor:
-        """Returns ``[tasks, N, H]``."""
-        features: torch.Tensor = self.hidden_layers(context)
-        return features
+        """Returns the measurements ``[tasks, N, K * (size + 1)]``, zeros where there is no reward."""
+        return torch.mul(self.last_fc(self.hidden_layers(context)), context[..., -1:] != 0)
 
     def read(self, features: torch.Tensor) -> torch.Tensor:
         """Returns the belief, ``[tasks, output_size]``."""
-        # In float64: a sum over thousands of measurements is inverted.
-        measured = self.last_fc(features).double().unflatten(-1, self.shape).flatten(1, 2)  # (tasks, N * K, size + 1)
-        what, much = measured[..., :-1], measured[..., -1:]
+        measured = features.double().reshape(len(features), -1, self.row_size)  # as thousands are summed and inverted
+        what, much = measured[..., :-1], measured[..., -1:]  # (tasks, N * K, size), (tasks, N * K, 1)
         precision = torch.eye(what.shape[-1], dtype=what.dtype, device=what.device) + what.mT @ what
         covariance = torch.cholesky_inverse(torch.linalg.cholesky_ex(precision).L)
         project = functional.normalize(self.projection.weight.double(), dim=-1)  # (Z, size)
         mean = (project @ covariance @ what.mT @ much).squeeze(-1)
         variance = ((project @ covariance) * project).sum(-1).clamp_min(MIN_VARIANCE)
         spread = variance + (-torch.expm1(-variance)).log()  # of which softplus is the variance
+        told = features.flatten(1).any(1, keepdim=True)
+        mean = torch.where(told, mean, _ASIDE) if self.training else mean
         output: torch.Tensor = torch.cat((mean, spread), -1).to(features.dtype)
+        if self.training:
+            self.known = torch.cat((output.detach()[told.squeeze(1)].to(self.known), self.known))[:_NUM_KNOWN]
+        elif not told.all():
+            drawn = self.known[torch.randint(_NUM_KNOWN, [len(output)], device=output.device)]
+            output = torch.where(told, output, drawn.to(output))
         return output
 
 
