@@ -233,7 +233,7 @@ class TransformerContextEncoder(ContextEncoder):
 
     A product of Gaussians grows surer with every transition, as if each were news, so that it is wrong with confidence
     where they are few or alike. Here the whole set makes one Gaussian, and in training mode each task shows its first
-    ``n`` transitions only, ``n`` drawn uniformly in its logarithm from 1 to ``N``: of independent draws a random subset,
+    ``n`` transitions only, ``n`` drawn uniformly in its logarithm from 1 to ``N``: of independent draws a random part,
     of trajectories what an agent has seen at some time. In evaluation mode all are read.
 
     The order of the transitions that are read does not matter, and the cost grows linearly with their number (as with
