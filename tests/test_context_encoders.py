@@ -343,9 +343,24 @@ def test_without_rewards_beliefs_of_training_are_tried_out():
     other.load_state_dict(encoder.state_dict())
     several = torch.cat([rows[:1], rows[4:5].expand(9999, -1, -1)])
     tried = other(several)
-    torch.testing.assert_close(tried[0], beliefs[0])
+    torch.testing.assert_close(tried[0], encoder.eval()(rows[:1])[0])
     known = {tuple(row) for row in beliefs[:4].tolist()} | {(0.0,) * OUTPUT}  # zeros before anything is known
     assert {tuple(row) for row in tried[1:].tolist()} == known
+
+
+def test_some_rewards_are_read_in_training_where_they_are_sparse():
+    encoder, rows = make("bayesian"), torch.randn(4000, 64, INPUT)
+    rows[:, 32:, -1] = 0
+    with torch.no_grad():
+        assert (encoder.encode(rows).any(-1).sum(1) == 32).all(), "all in evaluation"
+        read = encoder.train().encode(rows).any(-1)
+        assert (encoder.encode(rows[:, :32]).any(-1).sum(1) == 32).all(), "all where none is zero"
+    assert not read[:, 32:].any()
+    number = read.sum(1)
+    assert (number.min(), number.max()) == (1, 32)
+    # Uniform in the logarithm: as many are below the root as above.
+    assert 0.4 < (number <= 32**0.5).double().mean() < 0.6
+    assert (read[:, :32].double().mean(0) - number.double().mean() / 32).abs().max() < 0.03
 
 
 def test_what_is_known_is_of_the_last_updates():

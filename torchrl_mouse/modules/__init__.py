@@ -4,12 +4,7 @@ from torchrl_mouse.modules.actors import StickyActions, categorical_policy, gaus
 from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.context_encoders import (
     CONTEXT_ENCODERS,
-    AttentionContextEncoder,
     BayesianContextEncoder,
-    ContextEncoder,
-    LinearContextEncoder,
-    MLPContextEncoder,
-    RecurrentContextEncoder,
     TransformerContextEncoder,
     make_context_encoder,
 )
@@ -19,6 +14,13 @@ from torchrl_mouse.modules.encoder_files import PyTorchModule, fanin_init
 from torchrl_mouse.modules.heads import DQNHead, GaussianHead, MultiDiscountHead, SwiGLUHead, VecDQNHead, VectorHead
 from torchrl_mouse.modules.kv_cache import KeyValues, KVCache
 from torchrl_mouse.modules.latent import latent_actor, latent_qvalue, latent_value
+from torchrl_mouse.modules.pearl_encoders import (
+    AttentionContextEncoder,
+    ContextEncoder,
+    LinearContextEncoder,
+    MLPContextEncoder,
+    RecurrentContextEncoder,
+)
 from torchrl_mouse.modules.pretrained import backbone_kwargs_from_pretrained, load_pretrained_layers
 from torchrl_mouse.modules.recurrent import GRUBackbone
 from torchrl_mouse.modules.specs import embedding_kwargs_from_specs

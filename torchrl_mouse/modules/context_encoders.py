@@ -1,9 +1,8 @@
-"""PEARL's context encoders, and ours."""
+"""Our context encoders, and all kinds by name."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,220 +11,25 @@ from torch.nn import functional
 
 from torchrl_mouse.functional.gaussians import MIN_VARIANCE
 from torchrl_mouse.modules.checks import check_size
-from torchrl_mouse.modules.encoder_files import PyTorchModule, fanin_init, load_encoder
+from torchrl_mouse.modules.encoder_files import load_encoder
+from torchrl_mouse.modules.pearl_encoders import (
+    AttentionContextEncoder,
+    ContextEncoder,
+    LinearContextEncoder,
+    MLPContextEncoder,
+    RecurrentContextEncoder,
+    check_heads,
+    make_hidden_layers,
+    make_last_layer,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torchrl_mouse.modules.encoder_files import PyTorchModule
+
 _NUM_KNOWN = 256  # beliefs to try out, of the last 16 updates or more in PEARL
 _ASIDE = 3.0  # in standard deviations of the prior, in each dimension
-
-
-class ContextEncoder(PyTorchModule):
-    """Reads transitions and returns the parameters of Gaussians over the task's latent variable.
-
-    A new kind is a class that defines :meth:`encode` and ``last_fc``, and a line in :data:`CONTEXT_ENCODERS`.
-
-    Args:
-        hidden_sizes: sizes of the hidden layers that each transition goes through by itself.
-        input_size: size of a transition: observation, action and reward, say.
-        output_size: twice that of the latent variable; means come first, then what softplus makes variances of.
-
-    Raises:
-        TypeError: a size is no integer.
-        ValueError: a size is less than 1.
-    """
-
-    last_fc: nn.Linear
-    """The last layer, from features to ``output_size``."""
-
-    def __init__(self, hidden_sizes: Sequence[int], input_size: int, output_size: int) -> None:
-        self.save_init_params(locals())
-        super().__init__()
-        named = [("hidden_sizes", size) for size in hidden_sizes]
-        for name, size in (*named, ("input_size", input_size), ("output_size", output_size)):
-            check_size(type(self).__name__, name, size)
-        self.hidden_sizes = list(hidden_sizes)
-        self.input_size = input_size
-        self.output_size = output_size
-
-    def forward(
-        self, input: torch.Tensor, return_preactivations: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Encodes the context of each task.
-
-        Args:
-            input: ``[tasks, N, input_size]``, ``N`` at least 1; ``[N, input_size]`` of one task.
-            return_preactivations: return the output twice, as nothing is applied after the last layer.
-
-        Returns:
-            ``[tasks, N, output_size]``, a Gaussian for each transition, or ``[tasks, output_size]``, one for each
-            task; without the dimension of tasks if the input has none.
-
-        Raises:
-            ValueError: the input has another shape.
-        """
-        if input.ndim not in (2, 3) or not input.shape[-2] or input.shape[-1] != self.input_size:
-            raise ValueError(
-                f"{type(self).__name__}: input must be [tasks, N, {self.input_size}] or [N, {self.input_size}] with N "
-                f"at least 1, got {list(input.shape)}. Give it what it was made for; an empty context is the prior."
-            )
-        context = input if input.ndim == 3 else input.unsqueeze(0)
-        output = self.read(self.encode(context))
-        output = output if input.ndim == 3 else output.squeeze(0)
-        return (output, output) if return_preactivations else output
-
-    def encode(self, context: torch.Tensor) -> torch.Tensor:
-        """Computes features ``[tasks, N, H]`` or ``[tasks, H]`` of ``[tasks, N, input_size]``."""
-        raise NotImplementedError
-
-    def read(self, features: torch.Tensor) -> torch.Tensor:
-        """Computes the output of the features, by the last layer alone unless it is overridden."""
-        output: torch.Tensor = self.last_fc(features)
-        return output
-
-
-def _hidden_layers(input_size: int, hidden_sizes: Sequence[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for size, following in pairwise((input_size, *hidden_sizes)):
-        linear = nn.Linear(size, following)
-        fanin_init(linear.weight)
-        nn.init.constant_(linear.bias, 0.1)
-        layers += [linear, nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-def _last_layer(size: int, output_size: int) -> nn.Linear:
-    # Nearly zero, whatever it reads: an untrained encoder's means are about 0, its variances about softplus(0) = 0.69.
-    linear = nn.Linear(size, output_size)
-    for parameter in linear.parameters():
-        nn.init.uniform_(parameter, -3e-3, 3e-3)
-    return linear
-
-
-class LinearContextEncoder(ContextEncoder):
-    """One linear layer for each transition; it has no hidden layers, whatever ``hidden_sizes``.
-
-    Examples:
-        >>> LinearContextEncoder([], 5, 10)(torch.zeros(16, 64, 5)).shape
-        torch.Size([16, 64, 10])
-    """
-
-    def __init__(self, hidden_sizes: Sequence[int], input_size: int, output_size: int) -> None:
-        super().__init__(hidden_sizes, input_size, output_size)
-        self.last_fc = _last_layer(input_size, output_size)
-
-    def encode(self, context: torch.Tensor) -> torch.Tensor:
-        """Returns ``[tasks, N, H]``."""
-        return context
-
-
-class MLPContextEncoder(ContextEncoder):
-    """PEARL's own encoder (arXiv:1903.08254): a multi-layer perceptron for each transition.
-
-    Examples:
-        >>> MLPContextEncoder([200, 200, 200], 5, 10)(torch.zeros(16, 64, 5)).shape
-        torch.Size([16, 64, 10])
-    """
-
-    def __init__(self, hidden_sizes: Sequence[int], input_size: int, output_size: int) -> None:
-        super().__init__(hidden_sizes, input_size, output_size)
-        self.hidden_layers = _hidden_layers(input_size, hidden_sizes)
-        self.last_fc = _last_layer([input_size, *hidden_sizes][-1], output_size)
-
-    def encode(self, context: torch.Tensor) -> torch.Tensor:
-        """Returns ``[tasks, N, H]``."""
-        features: torch.Tensor = self.hidden_layers(context)
-        return features
-
-
-class RecurrentContextEncoder(ContextEncoder):
-    """Reads transitions in their order: a perceptron for each, an LSTM over them, one Gaussian from its last output.
-
-    As in PEARL's code the hidden state goes on from call to call, without gradient, until :meth:`reset`, while each
-    call begins with a cell state of zeros. It is no part of the ``state_dict``.
-
-    Examples:
-        >>> encoder = RecurrentContextEncoder([200, 200, 200], 5, 10)
-        >>> encoder(torch.zeros(16, 64, 5)).shape, encoder.hidden.shape
-        (torch.Size([16, 10]), torch.Size([1, 16, 200]))
-    """
-
-    IS_RECURRENT = True
-
-    def __init__(self, hidden_sizes: Sequence[int], input_size: int, output_size: int) -> None:
-        super().__init__(hidden_sizes, input_size, output_size)
-        size = [input_size, *hidden_sizes][-1]
-        self.hidden_layers = _hidden_layers(input_size, hidden_sizes)
-        self.lstm = nn.LSTM(size, size, batch_first=True)
-        self.last_fc = _last_layer(size, output_size)
-        self.hidden: torch.Tensor | None = None
-        """Hidden state ``[1, tasks, H]`` after the last call; ``None`` where nothing was read since the reset."""
-
-    def reset(self, num_tasks: int = 1) -> None:
-        """Forgets the hidden state.
-
-        Args:
-            num_tasks: not read: a state of zeros fits any number of tasks.
-        """
-        self.hidden = None
-
-    def encode(self, context: torch.Tensor) -> torch.Tensor:
-        """Returns ``[tasks, H]``, and keeps the hidden state.
-
-        Raises:
-            RuntimeError: the number of tasks is not that of the hidden state.
-        """
-        tasks = len(context)
-        if self.hidden is not None and self.hidden.shape[1] != tasks:
-            raise RuntimeError(
-                f"RecurrentContextEncoder: the number of tasks must not change between resets, got {tasks} after "
-                f"{self.hidden.shape[1]}. Call reset({tasks}) first."
-            )
-        embed = self.hidden_layers(context)  # (tasks, N, H)
-        zeros = embed.new_zeros(1, tasks, embed.shape[-1])
-        last: torch.Tensor
-        _, (last, _) = self.lstm(embed, (zeros if self.hidden is None else self.hidden.to(zeros), zeros))
-        self.hidden = last.detach()
-        return last[0]
-
-
-class AttentionContextEncoder(ContextEncoder):
-    """Lets transitions read each other: a perceptron for each, one self-attention with residual and LayerNorm.
-
-    There are no positions: transitions may come in any order, and so come their Gaussians.
-
-    Args:
-        hidden_sizes: as for :class:`ContextEncoder`; the last is the attention's width.
-        input_size: as for :class:`ContextEncoder`.
-        output_size: as for :class:`ContextEncoder`.
-        num_heads: number of attention heads; the width is a multiple of it.
-
-    Raises:
-        TypeError: a size is no integer.
-        ValueError: a size is less than 1, or the width no multiple of ``num_heads``.
-
-    Examples:
-        >>> AttentionContextEncoder([200, 200, 200], 5, 10)(torch.zeros(16, 64, 5)).shape
-        torch.Size([16, 64, 10])
-    """
-
-    def __init__(self, hidden_sizes: Sequence[int], input_size: int, output_size: int, *, num_heads: int = 4) -> None:
-        self.save_init_params(locals())
-        super().__init__(hidden_sizes, input_size, output_size)
-        size = [input_size, *hidden_sizes][-1]
-        _check_heads("AttentionContextEncoder", size, num_heads)
-        self.hidden_layers = _hidden_layers(input_size, hidden_sizes)
-        self.attention = nn.MultiheadAttention(size, num_heads, batch_first=True)
-        self.norm = nn.LayerNorm(size)
-        self.last_fc = _last_layer(size, output_size)
-
-    def encode(self, context: torch.Tensor) -> torch.Tensor:
-        """Returns ``[tasks, N, H]``."""
-        embed = self.hidden_layers(context)
-        attended, _ = self.attention(embed, embed, embed, need_weights=False)
-        features: torch.Tensor = self.norm(embed + attended)
-        return features
 
 
 class TransformerContextEncoder(ContextEncoder):
@@ -233,8 +37,9 @@ class TransformerContextEncoder(ContextEncoder):
 
     A product of Gaussians grows surer with every transition, as if each were news, so that it is wrong with confidence
     where they are few or alike. Here the whole set makes one Gaussian, and in training mode each task shows its first
-    ``n`` transitions only, ``n`` drawn uniformly in its logarithm from 1 to ``N``: of independent draws a random part,
-    of trajectories what an agent has seen at some time. In evaluation mode all are read.
+    ``n`` transitions only, ``n`` drawn uniformly in its logarithm from 1 to ``N``: beliefs are trained for every number
+    of them. (Of independent draws the first are a random subset, of trajectories what an agent has seen at some time.)
+    In evaluation mode all are read.
 
     The order of the transitions that are read does not matter, and the cost grows linearly with their number (as with
     the Set Transformer's inducing points, arXiv:1810.00825): transitions meet in the queries, not each other.
@@ -272,8 +77,8 @@ class TransformerContextEncoder(ContextEncoder):
         super().__init__(hidden_sizes, input_size, output_size)
         for name, size in (("num_layers", num_layers), ("num_queries", num_queries)):
             check_size("TransformerContextEncoder", name, size)
-        _check_heads("TransformerContextEncoder", width, num_heads)
-        self.hidden_layers = _hidden_layers(input_size, hidden_sizes)
+        check_heads("TransformerContextEncoder", width, num_heads)
+        self.hidden_layers = make_hidden_layers(input_size, hidden_sizes)
         # Normalised, as nothing else keeps what is read in one scale: positions of a cheetah go up to 30.
         self.embed = nn.Sequential(nn.Linear([input_size, *hidden_sizes][-1], width), nn.LayerNorm(width))
         self.queries = nn.Parameter(torch.randn(num_queries, width))
@@ -285,7 +90,7 @@ class TransformerContextEncoder(ContextEncoder):
             for _ in range(num_layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.last_fc = _last_layer(width, output_size)
+        self.last_fc = make_last_layer(width, output_size)
 
     def encode(self, context: torch.Tensor) -> torch.Tensor:
         """Returns ``[tasks, H]``."""
@@ -319,10 +124,12 @@ class BayesianContextEncoder(ContextEncoder):
     is no news, so beliefs are calibrated after 20 transitions and after 1,000, whatever number was trained on, and in
     any order. (Meta-learned features under a Bayesian last layer: arXiv:1807.08912.)
 
-    A reward of zero measures nothing. Were the belief of a context without rewards the prior, an actor would learn on
-    the prior's draws what is best in all tasks together, and nobody would explore. So such beliefs are set far aside in
-    training mode, and in evaluation mode drawn from those that contexts with rewards had last in training mode: who
-    knows nothing tries out what was a task before, as in Thompson sampling.
+    A reward of zero measures nothing. Where there are such, an agent's first rewards are few, and from places near each
+    other, so what they tell is less than independent: in training mode a random part of them is read, of a size uniform
+    in its logarithm. And were the belief of a context without rewards the prior, an actor would learn on the prior's
+    draws what is best in all tasks together, and nobody would explore. So such beliefs are set far aside in training
+    mode, and in evaluation mode drawn from those that contexts with rewards had last in training mode: who knows
+    nothing tries out what was a task before, as in Thompson sampling.
 
     Args:
         hidden_sizes: as for :class:`ContextEncoder`.
@@ -359,7 +166,7 @@ class BayesianContextEncoder(ContextEncoder):
                 "twice the size of the latent variable."
             )
         self.row_size = size + 1
-        self.hidden_layers = _hidden_layers(input_size, hidden_sizes)
+        self.hidden_layers = make_hidden_layers(input_size, hidden_sizes)
         width = [input_size, *hidden_sizes][-1]
         self.last_fc = nn.Linear(width, num_measurements * self.row_size)
         nn.init.uniform_(self.last_fc.weight, -(width**-0.5), width**-0.5)
@@ -369,12 +176,18 @@ class BayesianContextEncoder(ContextEncoder):
         self.register_buffer("known", torch.zeros(_NUM_KNOWN, output_size))
 
     def encode(self, context: torch.Tensor) -> torch.Tensor:
-        """Returns the measurements ``[tasks, N, K * (size + 1)]``, zeros where there is no reward."""
-        return torch.mul(self.last_fc(self.hidden_layers(context)), context[..., -1:] != 0)
+        """Returns the measurements ``[tasks, N, K * (size + 1)]``, zeros where nothing is read."""
+        read = context[..., -1:] != 0
+        if self.training and not read.all():
+            order = torch.rand_like(context[..., :1]).masked_fill(~read, 2.0)
+            share = read.sum(1, keepdim=True).clamp_min(1) ** -torch.rand_like(order[:, :1])
+            read = read & ((order <= share) | (order == order.amin(1, keepdim=True)))  # one at least
+        return torch.mul(self.last_fc(self.hidden_layers(context)), read)
 
     def read(self, features: torch.Tensor) -> torch.Tensor:
         """Returns the belief, ``[tasks, output_size]``."""
-        measured = features.double().reshape(len(features), -1, self.row_size)  # as thousands are summed and inverted
+        # In float64: a sum over thousands of measurements is inverted.
+        measured = features.double().reshape(len(features), -1, self.row_size)
         what, much = measured[..., :-1], measured[..., -1:]  # (tasks, N * K, size), (tasks, N * K, 1)
         precision = torch.eye(what.shape[-1], dtype=what.dtype, device=what.device) + what.mT @ what
         covariance = torch.cholesky_inverse(torch.linalg.cholesky_ex(precision).L)
@@ -391,15 +204,6 @@ class BayesianContextEncoder(ContextEncoder):
             drawn = self.known[torch.randint(_NUM_KNOWN, [len(output)], device=output.device)]
             output = torch.where(told, output, drawn.to(output))
         return output
-
-
-def _check_heads(where: str, width: int, num_heads: int) -> None:
-    check_size(where, "width", width)
-    check_size(where, "num_heads", num_heads)
-    if width % num_heads:
-        raise ValueError(
-            f"{where}: width must be a multiple of num_heads, got {width} and {num_heads}. Change one of them."
-        )
 
 
 CONTEXT_ENCODERS: dict[str, type[PyTorchModule]] = {
