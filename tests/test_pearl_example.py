@@ -329,9 +329,13 @@ def test_products_in_bfloat16(call, tmp_path):
     torch.testing.assert_close(*kept, rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize("encoder", ["mlp", "recurrent"])
-def test_a_run_that_was_stopped_goes_on_to_the_same_end(pearl, make_run, monkeypatch, encoder):
-    whole = make_run(encoder=encoder)
+@pytest.mark.parametrize(
+    ("env", "encoder"), [("point-robot", "mlp"), ("point-robot", "recurrent"), ("sparse-point-robot", "bayesian")]
+)
+def test_a_run_that_was_stopped_goes_on_to_the_same_end(pearl, make_run, monkeypatch, env, encoder):
+    # Rewards nearby, as far ones are not found in so short a run.
+    monkeypatch.setattr("torchrl_mouse.envs.point_robot._RADIUS", 1.0)
+    whole = make_run(env, encoder)
     whole.file.parent.mkdir()
     whole.train()
     whole.file.unlink()
@@ -339,7 +343,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(pearl, make_run, monkeyp
     class StopError(Exception):
         pass
 
-    stopped = make_run(encoder=encoder)
+    stopped = make_run(env, encoder)
     update, count = stopped.update, iter(range(99))
 
     def stop():
@@ -350,9 +354,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_end(pearl, make_run, monkeyp
     monkeypatch.setattr(stopped, "update", stop)
     with pytest.raises(StopError):
         stopped.train()
-    resumed = make_run(encoder=encoder, seed=5)  # The seed does not matter: random states are in the checkpoint.
+    resumed = make_run(env, encoder, seed=5)  # The seed does not matter: random states are in the checkpoint.
     resumed.train()
     assert resumed.history == whole.history
+    if encoder == "bayesian":
+        assert (resumed.agent.posterior.encoder.known[0, :5] != 0).all(), "rewards were seen"
     for (name, mine), other in zip(resumed.agent.loss.named_parameters(), whole.agent.loss.parameters(), strict=True):
         assert torch.equal(mine, other), name
 
