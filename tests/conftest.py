@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.envs.utils import set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
 from torchrl_mouse import schema
@@ -14,7 +15,7 @@ from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.modules import CausalBackbone, StepEmbedder, Trunk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 NUM_ACTIONS, NUM_CELLS, NUM_TIMES = 5, 9, 16
 EMBEDDING = {
@@ -26,9 +27,12 @@ EMBEDDING = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> None:
+def _one_thread_and_seed() -> Iterator[None]:
     torch.set_num_threads(1)  # tiny networks are several times slower on more
     torch.manual_seed(0)
+    # It is one for the whole process: two threads that set it, an Evaluator's beside a collector's, may leave another.
+    with set_exploration_type(None):
+        yield
 
 
 def _strengthen(backbone: torch.nn.Module | None) -> None:
