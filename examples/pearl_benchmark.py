@@ -274,7 +274,8 @@ def save(options: dict[str, Any], history: list[dict[str, float]], directory: Pa
         axes.axhline(mean, linewidth=1, color=color, label=f"published: {encoder} (mean of 3 seeds)")
     axes.axhline(BEST_PUBLISHED[name], linewidth=1, linestyle="-.", color="tab:brown", label="published: best run")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel="iteration", ylabel="return of the last episode", title=title)
+    axes.set(xlabel="iteration", ylabel="return of the last episode")
+    axes.set_title(title, fontsize=9)  # It names all options.
     axes.legend(fontsize=8)
     figure.savefig(directory / "returns.png", dpi=120)
     plt.close(figure)
