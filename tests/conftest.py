@@ -27,10 +27,10 @@ EMBEDDING = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed() -> Iterator[None]:
+def _begin_alike() -> Iterator[None]:
     torch.set_num_threads(1)  # tiny networks are several times slower on more
     torch.manual_seed(0)
-    # It is one for the whole process: two threads that set it, an Evaluator's beside a collector's, may leave another.
+    # The type is the whole process's: two threads that set it, an Evaluator's beside a collector's, may leave another.
     with set_exploration_type(None):
         yield
 

@@ -51,6 +51,32 @@ def check_size(where: str, name: str, value: int, least: int = 1, most: int | No
         raise ValueError(f"{where}: {name} must be at most {most}, got {value}.")
 
 
+def check_heads(where: str, width: int, num_heads: int) -> None:
+    """Raises unless an attention's width is a multiple of its number of heads, both at least 1.
+
+    Args:
+        where: whose arguments they are, for the error.
+        width: the attention's.
+        num_heads: number of heads.
+
+    Raises:
+        TypeError: one is no integer.
+        ValueError: one is less than 1, or the width no multiple of the other.
+
+    Examples:
+        >>> check_heads("AttentionContextEncoder", 6, 4)
+        Traceback (most recent call last):
+            ...
+        ValueError: AttentionContextEncoder: width must be a multiple of num_heads, got 6 and 4. Change one of them.
+    """
+    check_size(where, "width", width)
+    check_size(where, "num_heads", num_heads)
+    if width % num_heads:
+        raise ValueError(
+            f"{where}: width must be a multiple of num_heads, got {width} and {num_heads}. Change one of them."
+        )
+
+
 def check_options(
     where: str, options: Mapping[str, Any], *builders: type, given: Collection[str] = (), complete: bool = True
 ) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from torchrl_mouse.functional.gaussians import MIN_VARIANCE
-from torchrl_mouse.modules.checks import check_size
+from torchrl_mouse.modules.checks import check_heads, check_size
 from torchrl_mouse.modules.encoder_files import load_encoder
 from torchrl_mouse.modules.pearl_encoders import (
     AttentionContextEncoder,
@@ -18,7 +18,6 @@ from torchrl_mouse.modules.pearl_encoders import (
     LinearContextEncoder,
     MLPContextEncoder,
     RecurrentContextEncoder,
-    check_heads,
     make_hidden_layers,
     make_last_layer,
 )
@@ -180,11 +179,12 @@ class BayesianContextEncoder(ContextEncoder):
     def encode(self, context: torch.Tensor) -> torch.Tensor:
         """Returns the measurements ``[tasks, N, K * (size + 1)]``, zeros where nothing is read."""
         read = context[..., -1:] != 0
-        if self.training and not read.all():
+        whole = read.all(1, keepdim=True)
+        if self.training and not whole.all():
             order = torch.rand_like(context[..., :1]).masked_fill(~read, 2.0)
             share = read.sum(1, keepdim=True).clamp_min(1) ** -torch.rand_like(order[:, :1])
             part = (order <= share) | (order == order.amin(1, keepdim=True))  # one at least
-            read = read & (part | read.all(1, keepdim=True))
+            read = read & (part | whole)
         return torch.mul(self.last_fc(self.hidden_layers(context)), read)
 
     def read(self, features: torch.Tensor) -> torch.Tensor:

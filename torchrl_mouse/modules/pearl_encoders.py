@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from torchrl_mouse.modules.checks import check_size
+from torchrl_mouse.modules.checks import check_heads, check_size
 from torchrl_mouse.modules.encoder_files import PyTorchModule, fanin_init
 
 if TYPE_CHECKING:
@@ -222,13 +222,3 @@ class AttentionContextEncoder(ContextEncoder):
         attended, _ = self.attention(embed, embed, embed, need_weights=False)
         features: torch.Tensor = self.norm(embed + attended)
         return features
-
-
-def check_heads(where: str, width: int, num_heads: int) -> None:
-    """Raises what is wrong with an attention's width or number of heads."""
-    check_size(where, "width", width)
-    check_size(where, "num_heads", num_heads)
-    if width % num_heads:
-        raise ValueError(
-            f"{where}: width must be a multiple of num_heads, got {width} and {num_heads}. Change one of them."
-        )
