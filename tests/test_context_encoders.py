@@ -155,8 +155,9 @@ def test_attention_and_transformer_read_all_transitions():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_parameters_learn(kind):
-    encoder = make(kind).train()
-    encoder(torch.randn(4, 7, INPUT)).square().sum().backward()
+    encoder, rows = make(kind).train(), torch.randn(4, 7, INPUT)
+    rows[0, :, -1] = 0  # "bayesian" has parameters for contexts without rewards
+    (encoder(rows) - 1).square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -299,7 +300,7 @@ def test_bayesian_belief_is_that_of_linear_regression():
     """Against the definition, one measurement after the other (a Kalman filter's updates), in plain numbers."""
     encoder = BayesianContextEncoder(HIDDEN, INPUT, OUTPUT, num_measurements=2, size=3)
     context = torch.randn(1, 7, INPUT)
-    measured = encoder.encode(context).detach().double().reshape(14, 4)
+    measured = encoder.measure(context).detach().double().reshape(14, 4)
     mean, covariance = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
     for *what, much in measured:
         what = torch.stack(what)
@@ -335,28 +336,68 @@ def test_no_reward_measures_nothing():
 def test_without_rewards_beliefs_of_training_are_tried_out():
     encoder, rows = make("bayesian").train(), torch.randn(6, 9, INPUT)
     rows[4:, :, -1] = 0
+    nn.init.normal_(encoder.codes)
     beliefs = encoder(rows)
-    mean, spread = beliefs[4:].chunk(2, -1)
-    assert (mean == 3).all(), "set aside"
-    torch.testing.assert_close(nn.functional.softplus(spread), torch.ones_like(spread))
     other = make("bayesian")
     other.load_state_dict(encoder.state_dict())
     several = torch.cat([rows[:1], rows[4:5].expand(9999, -1, -1)])
     tried = other(several)
     torch.testing.assert_close(tried[0], encoder.eval()(rows[:1])[0])
     assert {tuple(row) for row in tried[1:].tolist()} == {tuple(row) for row in encoder.known.tolist()}
-    assert torch.equal(encoder.known[:4], beliefs[:4])
-    mean, spread = encoder.known[4:].chunk(2, -1)
+    assert torch.equal(encoder.known[:6], beliefs)
+    mean, spread = encoder.known[6:].chunk(2, -1)
     assert (mean == 0).all(), "the prior, before anything is known"
     torch.testing.assert_close(nn.functional.softplus(spread), torch.ones_like(spread))
+
+
+def test_contexts_without_rewards_are_learned_by_heart():
+    encoder = make("bayesian").train()
+    rows, goals = torch.randn(8, 100, INPUT), torch.randn(8, OUTPUT)
+    rows[..., -1] = 0
+    optimizer = torch.optim.Adam([encoder.codes], lr=1e-3)
+
+    def drawn():
+        return rows[torch.arange(8).unsqueeze(1), torch.randint(100, (8, 50))]  # in any order, some of them twice
+
+    for _ in range(500):
+        optimizer.zero_grad()
+        (encoder(drawn()) - goals).square().mean().backward()
+        optimizer.step()
+    assert (encoder(drawn()) - goals).abs().max() < 0.3
+    strangers = torch.randn_like(rows)
+    strangers[..., -1] = 0
+    assert encoder(strangers).abs().mean() < 0.1 * goals.abs().mean(), "in a table nearly empty, new ones say nothing"
+    mixed = torch.randn(4, 9, INPUT)
+    mixed[1::2, :, -1] = 0
+    assert torch.equal(encoder(mixed)[::2], encoder(mixed[::2])), "codes are not read beside rewards"
+
+
+def test_codes_are_those_of_whole_transitions():
+    encoder = make("bayesian")
+    number = torch.arange(len(encoder.codes), dtype=torch.float32)
+    encoder.codes.data.copy_(number.unsqueeze(1).expand(-1, OUTPUT))
+    for first in range(INPUT - 1):
+        rows = torch.zeros(10_000, 1, INPUT)
+        rows[:, 0, first : first + 2] = torch.cartesian_prod(torch.arange(100.0), torch.arange(100.0))
+        assert len(encoder.recall(rows)[:, 0].unique()) > 9000, "9276 by chance"
+    near = torch.ones(INPUT, 1, INPUT)
+    alike = encoder.recall(near)
+    near[:, 0].diagonal().copy_(torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)))
+    assert (encoder.recall(near) != alike).any(1).all(), "the smallest difference counts"
+
+
+def test_dense_rewards_leave_the_codes_alone():
+    encoder = make("bayesian").train()
+    encoder(torch.randn(6, 9, INPUT)).sum().backward()
+    assert encoder.codes.grad is None
 
 
 def test_some_rewards_are_read_in_training_where_they_are_sparse():
     encoder, rows = make("bayesian"), torch.randn(8000, 64, INPUT)
     rows[1:, 32:, -1] = 0
     with torch.no_grad():
-        assert (encoder.encode(rows[1:]).any(-1).sum(1) == 32).all(), "all in evaluation"
-        read = encoder.train().encode(rows).any(-1)
+        assert (encoder.measure(rows[1:]).any(-1).sum(1) == 32).all(), "all in evaluation"
+        read = encoder.train().measure(rows).any(-1)
     assert read[0].all(), "all where none is zero, whatever other tasks have"
     read = read[1:]
     assert not read[:, 32:].any()

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from torchrl_mouse.modules.encoder_files import PyTorchModule
 
-_NUM_KNOWN = 256  # beliefs to try out, of the last 16 updates or more in PEARL
-_ASIDE = 3.0  # in standard deviations of the prior, in each dimension
+_NUM_KNOWN = 256  # beliefs to try out, of the last 16 updates in PEARL
+_NUM_CODES = 2**16  # PEARL's contexts hold 40,000 transitions at a time; what is left of earlier ones is noise.
+_HASH = 0x9E3779B97F4A7C15  # odd, and its powers have bits everywhere: 2^64 by the golden ratio
+_CODE_SCALE = 32.0  # Adam moves a code by a few times its learning rate in an update, 3e-4 in PEARL: too little.
 
 
 class TransformerContextEncoder(ContextEncoder):
@@ -125,11 +127,14 @@ class BayesianContextEncoder(ContextEncoder):
 
     A reward of zero measures nothing. Where a context has such, an agent's first rewards are few, and from places near
     each other, so what they tell is less than independent: in training mode a random part of them is read, of a size
-    about uniform in its logarithm. And were the belief of a context without rewards the prior, an actor would learn on
-    the prior's draws what is best in all tasks together, and nobody would explore. So in training mode that belief is
-    N(3, 1), far aside of all others (4.5 nats a dimension of the divergence that is reported), and in evaluation mode,
-    anew at each call, a random one of the 256 that contexts with rewards had last in training mode: who knows nothing
-    tries out what was a task before, as in Thompson sampling.
+    about uniform in its logarithm.
+
+    And were the belief of a context without rewards the prior, an actor would learn on the prior's draws what is best
+    in all tasks together, and nobody would explore. So in evaluation mode it is, anew at each call, a random one of
+    the last 256 beliefs of training mode: who knows nothing tries out what was a task before, as in Thompson sampling.
+    In training mode contexts without rewards are learned by heart: each transition has a code, found by hashing it, and
+    the belief is the mean of the context's. Where critics learn from dense rewards, as PEARL's do, they teach these
+    codes where the task's rewards are before an agent has met one, and it tries that out, too.
 
     Args:
         hidden_sizes: as for :class:`ContextEncoder`.
@@ -172,11 +177,30 @@ class BayesianContextEncoder(ContextEncoder):
         nn.init.uniform_(self.last_fc.weight, -(width**-0.5), width**-0.5)
         nn.init.zeros_(self.last_fc.bias)
         self.projection = nn.Linear(size, output_size // 2, bias=False)
+        self.codes = nn.Parameter(torch.zeros(_NUM_CODES, output_size))
         prior = torch.tensor([0.0, math.log(math.e - 1)]).repeat_interleave(output_size // 2)
         self.known: torch.Tensor
         self.register_buffer("known", prior.repeat(_NUM_KNOWN, 1))
 
     def encode(self, context: torch.Tensor) -> torch.Tensor:
+        """Returns the beliefs, ``[tasks, output_size]``."""
+        measured = self.measure(context)
+        told = measured.flatten(1).any(1, keepdim=True)
+        belief = self.regress(measured)
+        if self.training:
+            belief = belief if told.all() else torch.where(told, belief, self.recall(context))
+            finite = belief.detach()[belief.isfinite().all(1)]
+            self.known.copy_(torch.cat((finite.to(self.known), self.known))[:_NUM_KNOWN])
+        elif not told.all():
+            drawn = self.known[torch.randint(_NUM_KNOWN, [len(belief)], device=belief.device)]
+            belief = torch.where(told, belief, drawn.to(belief))
+        return belief
+
+    def read(self, features: torch.Tensor) -> torch.Tensor:
+        """Returns the beliefs, which are what is encoded."""
+        return features
+
+    def measure(self, context: torch.Tensor) -> torch.Tensor:
         """Returns the measurements ``[tasks, N, K * (size + 1)]``, zeros where nothing is read."""
         read = context[..., -1:] != 0
         whole = read.all(1, keepdim=True)
@@ -187,28 +211,27 @@ class BayesianContextEncoder(ContextEncoder):
             read = read & (part | whole)
         return torch.mul(self.last_fc(self.hidden_layers(context)), read)
 
-    def read(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the belief, ``[tasks, output_size]``."""
+    def regress(self, measured: torch.Tensor) -> torch.Tensor:
+        """Returns the posterior after the measurements, ``[tasks, output_size]``."""
         # In float64: a sum over thousands of measurements is inverted.
-        tasks, num, _ = features.shape
-        measured = features.double().reshape(tasks, num * self.shape[0], self.shape[1])
-        what, much = measured[..., :-1], measured[..., -1:]  # (tasks, N * K, size), (tasks, N * K, 1)
+        tasks, num, _ = measured.shape
+        rows = measured.double().reshape(tasks, num * self.shape[0], self.shape[1])
+        what, much = rows[..., :-1], rows[..., -1:]  # (tasks, N * K, size), (tasks, N * K, 1)
         precision = torch.eye(what.shape[-1], dtype=what.dtype, device=what.device) + what.mT @ what
         covariance = torch.cholesky_inverse(torch.linalg.cholesky_ex(precision).L)
         project = functional.normalize(self.projection.weight.double(), dim=-1)  # (Z, size)
         mean = (project @ covariance @ what.mT @ much).squeeze(-1)
         variance = ((project @ covariance) * project).sum(-1).clamp_min(MIN_VARIANCE)
         spread = variance + (-torch.expm1(-variance)).log()  # of which softplus is the variance
-        told = features.flatten(1).any(1, keepdim=True)
-        mean = torch.where(told, mean, _ASIDE) if self.training else mean
-        output: torch.Tensor = torch.cat((mean, spread), -1).to(features.dtype)
-        if self.training:
-            new = output.detach()[told.squeeze(1) & output.isfinite().all(1)]
-            self.known.copy_(torch.cat((new.to(self.known), self.known))[:_NUM_KNOWN])
-        elif not told.all():
-            drawn = self.known[torch.randint(_NUM_KNOWN, [len(output)], device=output.device)]
-            output = torch.where(told, output, drawn.to(output))
-        return output
+        return torch.cat((mean, spread), -1).to(measured.dtype)
+
+    def recall(self, context: torch.Tensor) -> torch.Tensor:
+        """Returns what the transitions' codes say together, ``[tasks, output_size]``."""
+        bits = context.float().contiguous().view(torch.int32).long()
+        factors = [pow(_HASH, power + 1, 2**64) - 2**63 for power in range(self.input_size)]
+        hashed = (bits * torch.tensor(factors, device=bits.device)).sum(-1) >> 32
+        codes: torch.Tensor = functional.embedding_bag(hashed % _NUM_CODES, self.codes, mode="mean")
+        return _CODE_SCALE * codes
 
 
 CONTEXT_ENCODERS: dict[str, type[PyTorchModule]] = {
