@@ -182,7 +182,7 @@ class BayesianContextEncoder(ContextEncoder):
         self.known: torch.Tensor
         self.register_buffer("known", prior.repeat(_NUM_KNOWN, 1))
 
-    def encode(self, context: torch.Tensor) -> torch.Tensor:
+    def infer(self, context: torch.Tensor) -> torch.Tensor:
         """Returns the beliefs, ``[tasks, output_size]``."""
         measured = self.measure(context)
         told = measured.flatten(1).any(1, keepdim=True)
@@ -195,10 +195,6 @@ class BayesianContextEncoder(ContextEncoder):
             drawn = self.known[torch.randint(_NUM_KNOWN, [len(belief)], device=belief.device)]
             belief = torch.where(told, belief, drawn.to(belief))
         return belief
-
-    def read(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns the beliefs, which are what is encoded."""
-        return features
 
     def measure(self, context: torch.Tensor) -> torch.Tensor:
         """Returns the measurements ``[tasks, N, K * (size + 1)]``, zeros where nothing is read."""

@@ -66,18 +66,18 @@ class ContextEncoder(PyTorchModule):
                 f"at least 1, got {list(input.shape)}. Give it what it was made for; an empty context is the prior."
             )
         context = input if input.ndim == 3 else input.unsqueeze(0)
-        output = self.read(self.encode(context))
+        output = self.infer(context)
         output = output if input.ndim == 3 else output.squeeze(0)
         return (output, output) if return_preactivations else output
+
+    def infer(self, context: torch.Tensor) -> torch.Tensor:
+        """Computes the output of ``[tasks, N, input_size]``, by the last layer on features unless it is overridden."""
+        output: torch.Tensor = self.last_fc(self.encode(context))
+        return output
 
     def encode(self, context: torch.Tensor) -> torch.Tensor:
         """Computes features ``[tasks, N, H]`` or ``[tasks, H]`` of ``[tasks, N, input_size]``."""
         raise NotImplementedError
-
-    def read(self, features: torch.Tensor) -> torch.Tensor:
-        """Computes the output of the features, by the last layer alone unless it is overridden."""
-        output: torch.Tensor = self.last_fc(features)
-        return output
 
 
 def make_hidden_layers(input_size: int, hidden_sizes: Sequence[int]) -> nn.Sequential:
