@@ -1,11 +1,12 @@
 """MOUSE on PEARL's tasks: a transformer that reads a task's episodes one after the other, in place of a latent.
 
-A small transformer sees positions, actions and rewards of all episodes of a task, and its last hidden state takes the
-place of PEARL's observation and latent: a policy head and two action-value heads read it, trained by TorchRL's SAC on
-whole tasks out of a replay buffer; so does a third, which predicts rewards. Nothing is inferred apart: to adapt is to
-have read more. The training tasks are those of `pearl.py`, and so is the metric, the return of a test's last episode
-without chance in the actions; there are no more steps than there. The control is the same model with its context
-cleared at every episode. An interrupted run resumes from its newest checkpoint.
+A small transformer sees observations, actions and rewards of all episodes of a task. What it makes of them at each step
+is a belief: few numbers, learned as those that tell the rewards of the whole task best. Beside the observation it takes
+the place of PEARL's latent: policy and action values read the two, trained by TorchRL's SAC on whole tasks out of a
+replay buffer. Nothing is inferred apart: to adapt is to have read more. The training tasks are those of `pearl.py`, and
+so is the metric, the return of a test's last episode without chance in the actions; there are no more steps than there.
+The control is the same agent with its context cleared at every episode. An interrupted run resumes from its newest
+checkpoint.
 
     python examples/pearl_mouse.py --env point-robot --seed 42       # about 10 minutes on one core
     python examples/pearl_mouse.py --env point-robot --budget small  # 3 minutes: a quarter of the updates
@@ -24,21 +25,27 @@ import torch
 from create_dataset import at_least
 from pearl_benchmark import BUDGETS, Benchmark, make_env, make_tasks, regret, save
 from tensordict import TensorDict, TensorDictParams
-from tensordict.nn import TensorDictModule
+from tensordict.nn import (
+    InteractionType,
+    NormalParamExtractor,
+    ProbabilisticTensorDictSequential,
+    TensorDictModule,
+    TensorDictSequential,
+)
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import EnvBase, TransformedEnv
+from torchrl.envs import EnvBase, ObservationNorm, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
-from torchrl.modules import ValueOperator
-from torchrl.objectives import LossModule, SACLoss, SoftUpdate
+from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
+from torchrl.objectives import LossModule, SACLoss, SoftUpdate, ValueEstimators
 from torchrl.record import CSVLogger
 
 from torchrl_mouse import schema
 from torchrl_mouse.data.saving import replace_json
 from torchrl_mouse.envs import ClearContext, DecisionMask, HalfCheetahVelEnv, PointRobotEnv, TaskEnv
 from torchrl_mouse.evaluation import EpisodeReturns, plot_curves
+from torchrl_mouse.functional import standard_normal_kl
 from torchrl_mouse.models import MouseModel
-from torchrl_mouse.modules import SwiGLUHead, gaussian_policy
 from torchrl_mouse.objectives import CombinedLoss
 from torchrl_mouse.recipes import claim, online_trainer, run, warmup_cosine
 
@@ -46,13 +53,13 @@ if TYPE_CHECKING:
     from tensordict import TensorDictBase
     from torchrl.data import TensorSpec
 
-HIDDEN = 64
+HIDDEN = 64  # of the transformer
 LAYERS = 2
 HEADS = 4
-LEARNING_RATE = 3e-3
+BELIEF_DIM = 5  # as many numbers as PEARL's latent has
+WIDTH = 128  # of the other networks
 WEIGHT_DECAY = 0.01
 TAU = 0.02
-REWARD_WEIGHT = 1.0  # of the prediction of rewards
 REPEATS = 10  # Each test task is met that often, PEARL's once: starts are random, and the mean is the same.
 
 
@@ -63,16 +70,42 @@ class Recipe:
     rows: int  # tasks played side by side, once between updates
     updates: int  # after each time
     batch_size: int  # tasks in an update
+    learning_rate: float
     gamma: float
+    trace: float  # lambda of the values' targets: how far rewards count by themselves before values say what follows
+    entropy_weight: float
+    kl_weight: float  # of the belief
+    scales: tuple[float, ...] = ()  # what observations are divided by, if they are
 
 
+_POINT = Recipe(
+    rows=40,
+    updates=200,
+    batch_size=16,
+    learning_rate=3e-3,
+    gamma=0.9,
+    trace=0.0,
+    entropy_weight=0.01,
+    kl_weight=1e-4,
+)
 RECIPES = {
-    "point-robot": Recipe(rows=40, updates=200, batch_size=16, gamma=0.9),
-    "sparse-point-robot": Recipe(rows=20, updates=100, batch_size=4, gamma=0.9),
-    "cheetah-vel": Recipe(rows=10, updates=200, batch_size=4, gamma=0.97),
+    "point-robot": _POINT,
+    "sparse-point-robot": dataclasses.replace(_POINT, rows=20, updates=100, batch_size=4),
+    "cheetah-vel": Recipe(
+        rows=10,
+        updates=800,
+        batch_size=1,
+        learning_rate=1e-3,
+        gamma=0.99,
+        trace=0.8,
+        entropy_weight=0.05,
+        kl_weight=0.01,
+        # positions, velocities, place
+        scales=(1.0,) * 8 + (2.0, 1.0, 2.0) + (8.0,) * 6 + (10.0, 1.0, 1.0),
+    ),
 }
 SMALL_SHARE = 0.25  # of the updates
-SMOKE = Recipe(rows=2, updates=2, batch_size=2, gamma=0.9)
+SMOKE = {"rows": 2, "updates": 2, "batch_size": 2}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -89,59 +122,92 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-class TrunkSACLoss(SACLoss):
-    """The critics alone move the trunk (Yarats et al. 2021, arXiv:1910.01741): the actor would flatter the values."""
-
-    def actor_loss(self, tensordict: TensorDictBase) -> Any:
-        """Detaches what the trunk wrote."""
-        return super().actor_loss(tensordict.detach())
+def network(in_features: int, out_features: int, **options: Any) -> MLP:
+    """Makes a network of two hidden layers."""
+    return MLP(in_features, out_features, num_cells=[WIDTH, WIDTH], activation_class=torch.nn.ReLU, **options)
 
 
-class ActionValue(torch.nn.Module):
-    """The value ``[*, 1]`` of an action, on a hidden state."""
+# Normalised layers keep predictions sane where nothing has been seen yet.
+NORM = {"norm_class": torch.nn.LayerNorm, "norm_kwargs": {"normalized_shape": WIDTH}}
 
-    def __init__(self, action_dim: int) -> None:
+
+class Belief(torch.nn.Module):
+    """Location and scale of a Gaussian, as the transformer sees it, behind the observation: all that is known."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.head = SwiGLUHead(HIDDEN + action_dim, 1, hidden_dim=HIDDEN)
+        layers = torch.nn.RMSNorm(HIDDEN), torch.nn.Linear(HIDDEN, 2 * BELIEF_DIM), NormalParamExtractor()
+        self.head = torch.nn.Sequential(*layers)
 
-    def forward(self, hidden: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
-        """Joins the two."""
-        value: torch.Tensor = self.head(torch.cat([hidden, action], -1))
-        return value
+    def forward(self, observation: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Joins them, ``[*, observation_dim + 2 * BELIEF_DIM]``."""
+        return torch.cat([observation, *self.head(hidden)], -1)
 
 
-class RewardLoss(LossModule):
-    """What the trunk has seen so far tells the reward of any other transition of the task, as in VariBAD.
+class BeliefLoss(LossModule):
+    """What is believed at a step tells the reward of any other transition of the task, as in VariBAD.
 
-    Values alone teach the trunk slowly what a task is: at first they are about the values themselves. Rewards are there
-    from the beginning (Zintgraf et al. 2020, arXiv:1910.08348).
+    Values alone teach the transformer slowly what a task is: at first they are about the values themselves. Rewards are
+    there from the beginning, and a belief that is drawn, and not too far from the prior, holds little else
+    (Zintgraf et al. 2020, arXiv:1910.08348).
     """
 
-    in_keys = (schema.HIDDEN, schema.ACTION, ("next", schema.OBSERVATION), ("next", "reward"), schema.MASK)
-    out_keys = ("loss_reward",)
+    in_keys = (
+        schema.HIDDEN,
+        schema.OBSERVATION,
+        schema.ACTION,
+        ("next", schema.OBSERVATION),
+        ("next", "reward"),
+        schema.MASK,
+    )
+    out_keys = ("loss_reward", "loss_kl")
     head: TensorDictModule
     head_params: TensorDictParams
     target_head_params: TensorDictParams
 
-    def __init__(self, observation_dim: int, action_dim: int) -> None:
+    def __init__(self, observation_dim: int, action_dim: int, kl_weight: float) -> None:
         super().__init__()
-        network = SwiGLUHead(HIDDEN + observation_dim + action_dim, 1, hidden_dim=HIDDEN)
-        head = TensorDictModule(network, ["known"], ["reward"])
-        self.convert_to_functional(head, "head", create_target_params=False)
+        self.kl_weight = kl_weight
+        head = network(BELIEF_DIM + 2 * observation_dim + action_dim, 1, **NORM)
+        self.convert_to_functional(TensorDictModule(head, ["known"], ["reward"]), "head", create_target_params=False)
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         """Has nothing to forward, as there is no value estimator."""
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
         """Compares the transition that lies a random distance from each step."""
+        loc, scale = tensordict[schema.HIDDEN][..., -2 * BELIEF_DIM :].chunk(2, -1)
         distance = int(torch.randint(1, tensordict.shape[1], ()))
         other = tensordict.select(*self.in_keys[1:])
         other = other.apply(lambda entry: entry.roll(distance, 1))  # Round the end: the window is one task.
-        known = [tensordict[schema.HIDDEN], other[schema.ACTION], other["next", schema.OBSERVATION]]
+        transition = other[schema.OBSERVATION], other[schema.ACTION], other["next", schema.OBSERVATION]
+        known = torch.cat([loc + scale * torch.randn_like(loc), *transition], -1)
         with self.head_params.to_module(self.head, preserve_module_state=False):
-            predicted = self.head(TensorDict({"known": torch.cat(known, -1)}, tensordict.shape))["reward"]
+            predicted = self.head(TensorDict({"known": known}, tensordict.shape))["reward"]
         error = (predicted - other["next", "reward"])[other[schema.MASK]]
-        return TensorDict({"loss_reward": error.square().mean()})
+        kl = standard_normal_kl(loc, scale.square()).sum(-1)
+        return TensorDict({"loss_reward": error.square().mean(), "loss_kl": self.kl_weight * kl.mean()})
+
+
+class BeliefSACLoss(SACLoss):
+    """Policy and values read beliefs and do not teach them.
+
+    The policy would flatter the values, and values of few long tasks are soonest told by which of them it is: the
+    transformer would learn the tasks by heart.
+    """
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Detaches what is known."""
+        return super().forward(tensordict.detach())
+
+
+def task_env(env: EnvBase, episodes: int, recipe: Recipe) -> TransformedEnv:
+    """Joins episodes to tasks, and scales observations."""
+    env = TransformedEnv(TaskEnv(env, episodes_per_task=episodes))
+    if recipe.scales:
+        scale = torch.tensor(recipe.scales)
+        env.append_transform(ObservationNorm(0.0, scale, in_keys=[schema.OBSERVATION], standard_normal=True))
+    return env
 
 
 def training_env(name: str, tasks: torch.Tensor, benchmark: Benchmark, rows: int) -> EnvBase:
@@ -156,14 +222,15 @@ class Agent:
     """The model, its losses, and how it is tested."""
 
     def __init__(self, name: str, benchmark: Benchmark, recipe: Recipe) -> None:
-        self.name, self.benchmark = name, benchmark
+        self.name, self.benchmark, self.recipe = name, benchmark, recipe
         self.episodes = benchmark.test_episodes
         # A terminal frame between two episodes is one more step, at which nothing is done.
         self.task_steps = self.episodes * (benchmark.max_steps + 1) - 1
         tasks, _ = make_tasks(name, benchmark)
-        env = TaskEnv(make_env(name, tasks, benchmark), episodes_per_task=self.episodes)
-        self.spec: TensorSpec = env.action_spec_unbatched
-        self.model = MouseModel.from_specs(
+        env = task_env(make_env(name, tasks, benchmark), self.episodes, recipe)
+        spec: TensorSpec = env.action_spec_unbatched
+        observation_dim, action_dim = env.observation_spec[schema.OBSERVATION].shape[-1], spec.shape[-1]
+        self.trunk = MouseModel.from_specs(
             env,
             # The agent sees how good a step was where the benchmark says so; the critics always do.
             keys={"reward": "sparse_reward"} if benchmark.sparse else {},
@@ -177,24 +244,35 @@ class Agent:
                 "max_num_time_steps": benchmark.max_steps + 1,
             },
             backbone_kwargs={"kind": "llama", "num_layers": LAYERS, "num_heads": HEADS},
-            gaussian_head_kwargs={"hidden_dim": HIDDEN, "scale": 0.1},
+        ).trunk
+        belief = TensorDictModule(Belief(), [schema.OBSERVATION, schema.HIDDEN], [schema.HIDDEN])
+        trunk = TensorDictSequential(self.trunk, belief)
+        size = observation_dim + 2 * BELIEF_DIM
+        policy = TensorDictModule(network(size, 2 * action_dim), [schema.HIDDEN], ["parameters"])
+        policy = ProbabilisticActor(
+            TensorDictSequential(policy, TensorDictModule(NormalParamExtractor(), ["parameters"], ["loc", "scale"])),
+            in_keys=["loc", "scale"],
+            spec=spec,
+            distribution_class=TanhNormal,
+            return_log_prob=True,
+            default_interaction_type=InteractionType.RANDOM,
         )
-        self.actor = self.model.actor(self.spec)
-        observation_dim, action_dim = env.observation_spec[schema.OBSERVATION].shape[-1], self.spec.shape[-1]
-        self.sac = TrunkSACLoss(
-            gaussian_policy(self.model.head("gaussian"), self.spec),
-            ValueOperator(ActionValue(action_dim), in_keys=[schema.HIDDEN, schema.ACTION]),
-            action_spec=self.spec,
+        self.actor = ProbabilisticTensorDictSequential(trunk, *policy)
+        self.sac = BeliefSACLoss(
+            policy,
+            ValueOperator(network(size + action_dim, 1, **NORM), in_keys=[schema.HIDDEN, schema.ACTION]),
+            action_spec=spec,
             num_qvalue_nets=2,
-            alpha_init=1 / benchmark.reward_scale,
+            alpha_init=recipe.entropy_weight,
             fixed_alpha=True,
         )
-        self.sac.make_value_estimator(gamma=recipe.gamma)
+        target = {"value_type": ValueEstimators.TDLambda, "lmbda": recipe.trace} if recipe.trace else {}
+        self.sac.make_value_estimator(gamma=recipe.gamma, **target)
         # Nothing that is done in an episode changes what the next one's start is worth.
         self.sac.set_keys(done=schema.PREVIOUS_TRUNCATED, terminated=schema.PREVIOUS_TRUNCATED)
         self.sac.state_dict()  # Makes a buffer that loading a checkpoint would miss: TorchRL makes it on first use.
-        losses = {"sac": self.sac, "reward": RewardLoss(observation_dim, action_dim)}
-        self.loss = CombinedLoss(self.model.trunk, losses, weights={"reward": REWARD_WEIGHT})
+        belief_loss = BeliefLoss(observation_dim, action_dim, recipe.kl_weight)
+        self.loss = CombinedLoss(trunk, {"sac": self.sac, "belief": belief_loss})
 
     @torch.no_grad()
     def test(self, tasks: torch.Tensor, *, clear: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,11 +285,12 @@ class Agent:
         Returns:
             The episodes' returns, and their first observations, ``[tasks, episodes, *]``.
         """
-        env: EnvBase = TaskEnv(make_env(self.name, tasks, self.benchmark), episodes_per_task=self.episodes)
-        env = TransformedEnv(env, ClearContext()) if clear else env
+        env = task_env(make_env(self.name, tasks, self.benchmark), self.episodes, self.recipe)
+        if clear:
+            env.append_transform(ClearContext())
         with set_exploration_type(ExplorationType.DETERMINISTIC):
             steps = env.rollout(self.task_steps, self.actor, break_when_any_done=False)
-        self.model.trunk.forget(steps[schema.STREAM][:, 0])
+        self.trunk.forget(steps[schema.STREAM][:, 0])
         if self.benchmark.sparse:
             steps["next", "reward"] = steps["next", "sparse_reward"]
         returns = EpisodeReturns(len(tasks), self.episodes)
@@ -226,9 +305,10 @@ class Run:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.benchmark = BUDGETS[arguments.budget][arguments.env]
-        self.recipe = SMOKE if arguments.budget == "smoke" else RECIPES[arguments.env]
-        if arguments.budget == "small":
-            self.recipe = dataclasses.replace(self.recipe, updates=int(SMALL_SHARE * self.recipe.updates))
+        self.recipe = RECIPES[arguments.env]
+        if arguments.budget != "benchmark":
+            less = {"updates": int(SMALL_SHARE * self.recipe.updates)} if arguments.budget == "small" else SMOKE
+            self.recipe = dataclasses.replace(self.recipe, **less)
         self.tasks, test_tasks = make_tasks(arguments.env, self.benchmark)
         self.meetings = 1 if self.benchmark.sparse else REPEATS  # Sparse tasks always begin at the origin.
         self.test_tasks = test_tasks.repeat(self.meetings, *[1] * (test_tasks.ndim - 1))
@@ -248,7 +328,7 @@ class Run:
         each, total = self.frames
         env = training_env(arguments.env, self.tasks, self.benchmark, recipe.rows)
         collector = Collector(
-            TaskEnv(env, episodes_per_task=agent.episodes),
+            task_env(env, agent.episodes, recipe),
             agent.actor,
             frames_per_batch=recipe.rows * agent.task_steps,  # whole tasks
             total_frames=-1,
@@ -257,7 +337,9 @@ class Run:
         self.buffer = TensorDictReplayBuffer(
             storage=LazyTensorStorage(total // each * recipe.rows), batch_size=recipe.batch_size
         )
-        optimizer = torch.optim.AdamW(agent.loss.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
+        optimizer = torch.optim.AdamW(
+            agent.loss.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
+        )
         updates = total // each * recipe.updates
         trainer = online_trainer(
             agent.loss,
@@ -327,20 +409,20 @@ def main() -> None:
         "hidden": HIDDEN,
         "layers": LAYERS,
         "heads": HEADS,
-        "learning_rate": LEARNING_RATE,
+        "belief": BELIEF_DIM,
+        "width": WIDTH,
         "weight_decay": WEIGHT_DECAY,
         "tau": TAU,
-        "reward_weight": REWARD_WEIGHT,
     }
     try:
         claim(arguments.output, options, restart=arguments.restart)
     except ValueError as error:
         raise SystemExit(f"{error} (--restart, --output)") from None
     training.train()
-    training.agent.model.save_pretrained(arguments.output / "model")
+    torch.save(training.agent.actor.state_dict(), arguments.output / "actor.pt")
     for name, value in training.finish().items():
         print(f"{name}: {value:.3f}")
-    print(f"Results, plots, model, log and checkpoints are in {arguments.output}.")
+    print(f"Results, plots, actor, log and checkpoints are in {arguments.output}.")
 
 
 if __name__ == "__main__":

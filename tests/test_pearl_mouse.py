@@ -39,7 +39,7 @@ def example():
 def make_agent(example, name):
     torch.manual_seed(0)
     benchmark = example.BUDGETS["smoke"][name]
-    return example.Agent(name, benchmark, example.SMOKE), benchmark
+    return example.Agent(name, benchmark, example.RECIPES[name]), benchmark
 
 
 def program(output):
@@ -76,7 +76,9 @@ def test_a_killed_run_goes_on_and_a_finished_one_stays(example, monkeypatch, cap
     episodes = json.loads((output / "episodes.json").read_text())
     assert {name: len(values) for name, values in episodes.items()} == {"agent": 3, "context cleared": 3}
     assert f"episode 3, agent: {episodes['agent'][-1]:.3f}" in figures(printed)
-    assert all((output / name).exists() for name in ("returns.png", "episodes.png", "model/model.safetensors"))
+    assert all((output / name).exists() for name in ("returns.png", "episodes.png"))
+    agent, _ = make_agent(example, "point-robot")
+    agent.actor.load_state_dict(torch.load(output / "actor.pt"))
 
     arguments = [str(PROGRAM), "--budget", "smoke", "--output", str(output)]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -172,7 +174,7 @@ def test_returns_are_those_of_the_benchmarks_reward(example, name):
 def fixed(example, monkeypatch):
     """An agent, and a goal to which every episode begins at the origin."""
     agent, _ = make_agent(example, "point-robot")
-    for weight in agent.model.parameters():
+    for weight in agent.actor.parameters():
         weight.data.mul_(3)  # At first a context hardly moves an action.
 
     def make_env(name, tasks, benchmark):
@@ -186,7 +188,7 @@ def test_a_test_is_without_chance_and_leaves_no_context(fixed):
     agent, goals = fixed
     first, second = (agent.test(goals)[0] for _ in range(2))
     assert torch.equal(first, second)
-    assert len(agent.model.trunk._cache) == 0
+    assert len(agent.trunk._cache) == 0
 
 
 def test_episodes_differ_by_what_was_seen_before_them(fixed):
@@ -203,7 +205,7 @@ def test_episodes_differ_by_what_was_seen_before_them(fixed):
 def test_the_agent_sees_the_reward_that_it_is_measured_by(example, name, seen):
     agent, _ = make_agent(example, name)
     rewards = {schema.PREVIOUS_REWARD, "sparse_reward"}
-    assert rewards.intersection(agent.model.trunk.in_keys) == {seen}
+    assert rewards.intersection(agent.trunk.in_keys) == {seen}
     assert ("next", "reward") in agent.loss.in_keys
     assert ("next", "sparse_reward") not in set(agent.loss.in_keys) - {("next", seen)}
 
@@ -220,7 +222,7 @@ def play(example, agent, benchmark):
 def test_values_end_with_the_episode(example, max_steps):
     torch.manual_seed(0)
     benchmark = dataclasses.replace(example.BUDGETS["smoke"]["point-robot"], max_steps=max_steps)
-    agent = example.Agent("point-robot", benchmark, example.SMOKE)
+    agent = example.Agent("point-robot", benchmark, example.RECIPES["point-robot"])
     steps = play(example, agent, benchmark)
     SoftUpdate(agent.sac, tau=0.1)
     losses = []
@@ -231,42 +233,102 @@ def test_values_end_with_the_episode(example, max_steps):
     assert (losses[0] == losses[1]) is (max_steps == 1)
 
 
-def moves(weight):
-    return weight.grad is not None and bool((weight.grad != 0).any())
-
-
 def test_each_loss_moves_its_own(example):
     agent, benchmark = make_agent(example, "point-robot")
     steps = play(example, agent, benchmark)
     SoftUpdate(agent.sac, tau=0.1)
+    (trunk, belief), policy, _ = agent.actor
+    parts = {
+        "trunk": trunk.parameters(),
+        "belief": belief.parameters(),
+        "policy": policy.parameters(),
+        "values": agent.sac.qvalue_network_params.values(True, True),
+        "rewards": agent.loss.losses["belief"].head_params.values(True, True),
+    }
+    parts = {name: list(weights) for name, weights in parts.items()}
+    assert all(parts.values())
     moved = {}
-    for name in ("loss_actor", "loss_qvalue", "loss_reward"):
+    for name in ("loss_actor", "loss_qvalue", "loss_reward", "loss_kl"):
         agent.loss.zero_grad()
         agent.loss(steps)[name].backward()
-        moved[name] = {key.split(".")[0] for key, weight in agent.model.named_parameters() if moves(weight)}
-    assert moved == {"loss_actor": {"gaussian_head"}, "loss_qvalue": {"trunk"}, "loss_reward": {"trunk"}}
+        moved[name] = {
+            part for part, weights in parts.items() if any(w.grad is not None and (w.grad != 0).any() for w in weights)
+        }
+    assert moved == {
+        "loss_actor": {"policy"},
+        "loss_qvalue": {"values"},
+        "loss_reward": {"trunk", "belief", "rewards"},
+        "loss_kl": {"trunk", "belief"},
+    }
+
+
+def test_what_is_known_is_the_observation_and_a_belief(example):
+    agent, benchmark = make_agent(example, "cheetah-vel")
+    tasks, _ = example.make_tasks("cheetah-vel", benchmark)
+    env = example.task_env(example.make_env("cheetah-vel", tasks, benchmark), 3, agent.recipe)
+    with torch.no_grad():
+        steps = env.rollout(2, agent.actor)
+    hidden = steps["hidden"]
+    assert hidden.shape[-1] == 20 + 2 * example.BELIEF_DIM
+    assert torch.equal(hidden[..., :20], steps["observation"])
+    assert (hidden[..., -example.BELIEF_DIM :] > 0).all(), "scales"
+    place = steps["observation"][..., 17:]
+    forward = (place[:, 1, 0] - place[:, 0, 0]) * agent.recipe.scales[17] / 0.05
+    shown = steps["observation"][:, 1, 8] * agent.recipe.scales[8]
+    assert (forward - shown).abs().max() < 3, "both are velocities in m/s"
+
+
+def beliefs(example, loc, scale):
+    """Steps whose transitions are told by their sum."""
+    action, observation, following = (torch.randn(2, 7, 2) for _ in range(3))
+    reward = (action + observation + following).sum(-1, keepdim=True)
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[:, 3] = False
+    reward[:, 3] += 1
+    belief = torch.tensor([loc] * example.BELIEF_DIM + [scale] * example.BELIEF_DIM).expand(2, 7, -1)
+    steps = {"hidden": torch.cat([observation, belief], -1), "observation": observation, "action": action}
+    following = {"observation": following, "reward": reward}
+    return TensorDict({**steps, "collector": {"mask": mask}, "next": following}, [2, 7])
+
+
+def loss_of(example, network):
+    """The loss with another network in place of its own."""
+    loss = example.BeliefLoss(2, 2, kl_weight=0.5)
+
+    class Network(torch.nn.Module):
+        def forward(self, known):
+            return network(known)
+
+    loss.head.module = Network()
+    loss.head_params = TensorDictParams(TensorDict.from_module(loss.head))
+    return loss
 
 
 def test_rewards_of_other_decisions_are_predicted(example):
-    loss = example.RewardLoss(2, 2)
-
-    class Perfect(torch.nn.Module):
-        """Rewards are the sum of all that is told apart from the hidden state."""
-
-        def forward(self, known):
-            return known[..., example.HIDDEN :].sum(-1, keepdim=True)
-
-    loss.head.module = Perfect()
-    loss.head_params = TensorDictParams(TensorDict.from_module(loss.head))
-    action, observation = torch.randn(2, 7, 2), torch.randn(2, 7, 2)
-    reward = (action + observation).sum(-1, keepdim=True)
-    mask = torch.ones(2, 7, dtype=torch.bool)
-    mask[:, 3] = False
-    steps = {"hidden": torch.randn(2, 7, example.HIDDEN), "action": action, "collector": {"mask": mask}}
-    steps = TensorDict({**steps, "next": {"observation": observation, "reward": reward}}, [2, 7])
-    steps["next", "reward"][:, 3] += 1
+    loss = loss_of(example, lambda known: known[..., example.BELIEF_DIM :].sum(-1, keepdim=True))
+    steps = beliefs(example, 0.0, 1.0)
     for _ in range(20):
         assert loss(steps)["loss_reward"] < 1e-9
     steps["next", "reward"][0, 4] += 6
     for _ in range(20):
         assert loss(steps)["loss_reward"].item() == pytest.approx(6**2 / 12, rel=1e-5)
+
+
+def test_beliefs_are_drawn_and_kept_near_the_prior(example):
+    drawn = []
+
+    def network(known):
+        drawn.append(known[..., : example.BELIEF_DIM])
+        return known[..., :1]
+
+    loss = loss_of(example, network)
+    torch.manual_seed(0)
+    for _ in range(100):
+        kl = loss(beliefs(example, 2.0, 0.5))["loss_kl"].item()
+    samples = torch.stack(drawn)
+    assert samples.mean().item() == pytest.approx(2, abs=0.02)
+    assert samples.std().item() == pytest.approx(0.5, abs=0.02)
+    target = torch.distributions.Normal(0.0, 1.0)
+    exact = torch.distributions.kl_divergence(torch.distributions.Normal(2.0, 0.5), target)
+    assert kl == pytest.approx(0.5 * example.BELIEF_DIM * exact.item(), rel=1e-5)
+    assert loss(beliefs(example, 0.0, 1.0))["loss_kl"] == 0
