@@ -289,6 +289,7 @@ def plot_curves(
             (line,) = axis.plot(episode, mean, label=label, linewidth=1.5, linestyle=style)
             axis.fill_between(episode, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
         axis.set(title=name, xlabel="episode inside the task")
+        axis.locator_params(axis="x", integer=True)  # There is no episode between two.
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(ylabel)
     axes[-1].legend(frameon=False)
