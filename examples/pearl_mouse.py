@@ -8,7 +8,7 @@ so is the metric, the return of a test's last episode without chance in the acti
 The control is the same agent with its context cleared at every episode. An interrupted run resumes from its newest
 checkpoint.
 
-    python examples/pearl_mouse.py --env point-robot --seed 42       # about 10 minutes on one core, cheetah-vel half an hour
+    python examples/pearl_mouse.py --env point-robot --seed 42       # 10 minutes on one core; cheetah-vel half an hour
     python examples/pearl_mouse.py --env point-robot --budget small  # 3 minutes: a quarter of the updates
     python examples/pearl_mouse.py --env point-robot --budget smoke  # seconds, to see it run
 """
