@@ -26,7 +26,6 @@ from create_dataset import at_least
 from pearl_benchmark import BUDGETS, Benchmark, make_env, make_tasks, regret, save
 from tensordict import TensorDict, TensorDictParams
 from tensordict.nn import (
-    InteractionType,
     NormalParamExtractor,
     ProbabilisticTensorDictSequential,
     TensorDictModule,
@@ -255,7 +254,7 @@ class Agent:
             spec=spec,
             distribution_class=TanhNormal,
             return_log_prob=True,
-            default_interaction_type=InteractionType.RANDOM,
+            default_interaction_type=ExplorationType.RANDOM,
         )
         self.actor = ProbabilisticTensorDictSequential(trunk, *policy)
         self.sac = BeliefSACLoss(
@@ -402,7 +401,7 @@ def main() -> None:
     """Trains, or goes on, and prints the results."""
     arguments = parse_arguments()
     training = Run(arguments)
-    read = ("num_train", "num_test", "max_steps", "test_episodes", "training_steps", "reward_scale", "sparse")
+    read = ("num_train", "num_test", "max_steps", "test_episodes", "training_steps", "sparse")
     options = {name: getattr(arguments, name) for name in ("env", "budget", "seed")}
     options |= {name: getattr(training.benchmark, name) for name in read}
     options["recipe"] = dataclasses.asdict(training.recipe) | {
