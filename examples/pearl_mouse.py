@@ -1,14 +1,14 @@
-"""MOUSE on PEARL's tasks: a transformer that reads a task's episodes one after the other, in place of a latent.
+"""MOUSE on PEARL's tasks: a transformer that reads a task's episodes one after the other, in place of an encoder.
 
-A small transformer sees observations, actions and rewards of all episodes of a task. What it makes of them at each step
-is a belief: few numbers, learned as those that tell the rewards of the whole task best. Beside the observation it takes
-the place of PEARL's latent: policy and action values read the two, trained by TorchRL's SAC on whole tasks out of a
-replay buffer. Nothing is inferred apart: to adapt is to have read more. The training tasks are those of `pearl.py`, and
-so is the metric, the return of a test's last episode without chance in the actions; there are no more steps than there.
-The control is the same agent with its context cleared at every episode. An interrupted run resumes from its newest
-checkpoint.
+Each training task has a code of few numbers, learned as what tells its rewards; policy and action values read it beside
+the observation, and learn by TorchRL's SAC as if tasks were known. A small transformer sees observations, actions and
+rewards of all episodes of a task, and learns to tell the code: at each step it has a belief, a Gaussian. The agent acts
+on a draw from it: to adapt is to have read more (Humplik et al. 2019, arXiv:1905.06424). The training tasks are those
+of `pearl.py`, and so is the metric, the return of a test's last episode without chance in actions; there are no more
+steps than there. The control is the same agent with its context cleared at every episode. An interrupted run resumes
+from its newest checkpoint.
 
-    python examples/pearl_mouse.py --env point-robot --seed 42       # 10 minutes on one core; cheetah-vel half an hour
+    python examples/pearl_mouse.py --env point-robot --seed 42       # 10 minutes on one core, others half an hour
     python examples/pearl_mouse.py --env point-robot --budget small  # 3 minutes: a quarter of the updates
     python examples/pearl_mouse.py --env point-robot --budget smoke  # seconds, to see it run
 """
@@ -32,8 +32,8 @@ from tensordict.nn import (
     TensorDictSequential,
 )
 from torchrl.collectors import Collector
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import EnvBase, ObservationNorm, TransformedEnv
+from torchrl.data import Composite, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
+from torchrl.envs import EnvBase, ObservationNorm, Transform, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MLP, ProbabilisticActor, TanhNormal, ValueOperator
 from torchrl.objectives import LossModule, SACLoss, SoftUpdate, ValueEstimators
@@ -45,6 +45,7 @@ from torchrl_mouse.envs import ClearContext, DecisionMask, HalfCheetahVelEnv, Po
 from torchrl_mouse.evaluation import EpisodeReturns, plot_curves
 from torchrl_mouse.functional import standard_normal_kl
 from torchrl_mouse.models import MouseModel
+from torchrl_mouse.modules import SwiGLUHead
 from torchrl_mouse.objectives import CombinedLoss
 from torchrl_mouse.recipes import claim, online_trainer, run, warmup_cosine
 
@@ -55,10 +56,12 @@ if TYPE_CHECKING:
 HIDDEN = 64  # of the transformer
 LAYERS = 2
 HEADS = 4
-BELIEF_DIM = 5  # as many numbers as PEARL's latent has
+CODE_DIM = 5  # as many numbers as PEARL's latent has
 WIDTH = 128  # of the other networks
 WEIGHT_DECAY = 0.01
 TAU = 0.02
+BELIEF_WEIGHT = 0.01  # of the beliefs' surprise among the losses
+ACTION_BLUR = 0.5
 REPEATS = 10  # Each test task is met that often, PEARL's once: starts are random, and the mean is the same.
 
 
@@ -73,7 +76,13 @@ class Recipe:
     gamma: float
     trace: float  # lambda of the values' targets: how far rewards count by themselves before values say what follows
     entropy_weight: float
-    kl_weight: float  # of the belief
+    kl_weight: float  # of the codes
+    blur: float  # of observations, for the transformer
+    encoder: str = "linear"  # of observations and actions; "fourier" sees better where a reward was met
+    extent: tuple[float, float] = (
+        0.1,
+        10.0,
+    )  # of Fourier features, rewards' too: what they resolve and how far they go
     scales: tuple[float, ...] = ()  # what observations are divided by, if they are
 
 
@@ -86,10 +95,13 @@ _POINT = Recipe(
     trace=0.0,
     entropy_weight=0.01,
     kl_weight=1e-4,
+    blur=0.05,
 )
 RECIPES = {
     "point-robot": _POINT,
-    "sparse-point-robot": dataclasses.replace(_POINT, rows=20, updates=100, batch_size=4),
+    "sparse-point-robot": dataclasses.replace(
+        _POINT, rows=20, updates=150, batch_size=4, blur=0.1, encoder="fourier", extent=(0.05, 4.0)
+    ),
     "cheetah-vel": Recipe(
         rows=10,
         updates=800,
@@ -99,6 +111,7 @@ RECIPES = {
         trace=0.8,
         entropy_weight=0.05,
         kl_weight=0.01,
+        blur=0.05,
         # positions, velocities, place
         scales=(1.0,) * 8 + (2.0, 1.0, 2.0) + (8.0,) * 6 + (10.0, 1.0, 1.0),
     ),
@@ -130,74 +143,162 @@ def network(in_features: int, out_features: int, **options: Any) -> MLP:
 NORM = {"norm_class": torch.nn.LayerNorm, "norm_kwargs": {"normalized_shape": WIDTH}}
 
 
-class Belief(torch.nn.Module):
-    """Location and scale of a Gaussian, as the transformer sees it, behind the observation: all that is known."""
+class Codes(torch.nn.Module):
+    """What each training task is known by: location and scale of a Gaussian."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_tasks: int) -> None:
         super().__init__()
-        layers = torch.nn.RMSNorm(HIDDEN), torch.nn.Linear(HIDDEN, 2 * BELIEF_DIM), NormalParamExtractor()
-        self.head = torch.nn.Sequential(*layers)
+        self.table = torch.nn.Embedding(num_tasks, 2 * CODE_DIM)
+        self.table.weight.data.mul_(0.01)
+        self.extract = NormalParamExtractor()
 
-    def forward(self, observation: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Joins them, ``[*, observation_dim + 2 * BELIEF_DIM]``."""
-        return torch.cat([observation, *self.head(hidden)], -1)
+    def forward(self, task: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reads ``[*, 1]``, writes twice ``[*, CODE_DIM]``."""
+        # A row has its turn in few updates: ten times the others' step lets it keep up.
+        loc, scale = self.extract(10 * self.table(task.squeeze(-1)))
+        return loc, scale
+
+
+class Draw(torch.nn.Module):
+    """The code that the agent takes a task to have."""
+
+    def forward(self, loc: torch.Tensor, scale: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Draws, ``[*, CODE_DIM]``."""
+        return loc + scale * noise
+
+
+class EpisodeNoise(Transform):
+    """Writes what a belief is drawn with: normal, and kept for an episode, so that one guess is followed to its end.
+
+    Args:
+        scale: of the noise; 0 takes the belief's mean.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__(in_keys=[], out_keys=["noise"])
+        self.scale = scale
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        noise = self.scale * torch.randn(*tensordict_reset.shape, CODE_DIM)
+        return tensordict_reset.set("noise", noise)
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        noise = tensordict["noise"]
+        begins = next_tensordict[schema.EPISODE_STEP] == 0
+        return next_tensordict.set("noise", torch.where(begins, self.scale * torch.randn_like(noise), noise))
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Adds the entry's spec."""
+        observation_spec["noise"] = Unbounded((*observation_spec.shape, CODE_DIM))
+        return observation_spec
+
+
+class TaskNumber(Transform):
+    """Writes which of the training tasks a row plays."""
+
+    def __init__(self, tasks: torch.Tensor) -> None:
+        super().__init__(in_keys=[], out_keys=["task"])
+        self.tasks = tasks.reshape(len(tasks), -1)
+
+    def _call(self, next_tensordict: TensorDictBase) -> TensorDictBase:
+        env: Any = self.parent.base_env.base_env  # inside TransformedEnv and TaskEnv
+        now = env.velocity if isinstance(env, HalfCheetahVelEnv) else env.goal
+        same = (now.reshape(next_tensordict.numel(), 1, -1) == self.tasks).all(-1)
+        return next_tensordict.set("task", same.int().argmax(-1).reshape(*next_tensordict.shape, 1))
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        return self._call(tensordict_reset)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        """Adds the entry's spec."""
+        observation_spec["task"] = Unbounded((*observation_spec.shape, 1), dtype=torch.int64)
+        return observation_spec
+
+
+class Blur(torch.nn.Module):
+    """Noise in what the transformer reads, while it learns.
+
+    It would else know each of the few tasks in the buffer again by its exact places and actions.
+    """
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, observation: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds it to both."""
+        blurred = observation + self.scale * torch.randn_like(observation)
+        return blurred, action + ACTION_BLUR * torch.randn_like(action)
 
 
 class BeliefLoss(LossModule):
-    """What is believed at a step tells the reward of any other transition of the task, as in VariBAD.
+    """What is known about tasks, and believed at each step.
 
-    Values alone teach the transformer slowly what a task is: at first they are about the values themselves. Rewards are
-    there from the beginning, and a belief that is drawn, and not too far from the prior, holds little else
-    (Zintgraf et al. 2020, arXiv:1910.08348).
+    A code, drawn from a Gaussian near the prior as in a variational autoencoder, tells the reward of its task's
+    transitions. A belief is wrong by the negative logarithm of the density that it gives to the code.
+
+    Args:
+        head: reads ``hidden``, writes location and scale of the belief.
+        codes: reads ``task``, writes location and scale of the code.
+        rewards: reads ``drawn``, a code, and the transition; writes ``predicted``, its reward.
+        kl_weight: of the codes' distance from the prior.
     """
 
     in_keys = (
         schema.HIDDEN,
+        "task",
+        "code",
         schema.OBSERVATION,
         schema.ACTION,
         ("next", schema.OBSERVATION),
         ("next", "reward"),
         schema.MASK,
     )
-    out_keys = ("loss_reward", "loss_kl")
+    out_keys = ("loss_reward", "loss_kl", "loss_belief")
     head: TensorDictModule
     head_params: TensorDictParams
     target_head_params: TensorDictParams
+    codes: TensorDictModule
+    codes_params: TensorDictParams
+    target_codes_params: TensorDictParams
+    rewards: TensorDictModule
+    rewards_params: TensorDictParams
+    target_rewards_params: TensorDictParams
 
-    def __init__(self, observation_dim: int, action_dim: int, kl_weight: float) -> None:
+    def __init__(
+        self, head: TensorDictModule, codes: TensorDictModule, rewards: TensorDictModule, *, kl_weight: float
+    ) -> None:
         super().__init__()
         self.kl_weight = kl_weight
-        head = network(BELIEF_DIM + 2 * observation_dim + action_dim, 1, **NORM)
-        self.convert_to_functional(TensorDictModule(head, ["known"], ["reward"]), "head", create_target_params=False)
+        for name, module in (("head", head), ("codes", codes), ("rewards", rewards)):
+            self.convert_to_functional(module, name, create_target_params=False)
 
     def _forward_value_estimator_keys(self, **kwargs: Any) -> None:
         """Has nothing to forward, as there is no value estimator."""
 
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """Compares the transition that lies a random distance from each step."""
-        loc, scale = tensordict[schema.HIDDEN][..., -2 * BELIEF_DIM :].chunk(2, -1)
-        distance = int(torch.randint(1, tensordict.shape[1], ()))
-        other = tensordict.select(*self.in_keys[1:])
-        other = other.apply(lambda entry: entry.roll(distance, 1))  # Round the end: the window is one task.
-        transition = other[schema.OBSERVATION], other[schema.ACTION], other["next", schema.OBSERVATION]
-        known = torch.cat([loc + scale * torch.randn_like(loc), *transition], -1)
+        """Reads steps ``[B, T]``, each row of one task; ``code`` is what policy and values know."""
+        steps = tensordict.copy()
+        with self.codes_params.to_module(self.codes, preserve_module_state=False):
+            self.codes(steps)
+        loc, scale = steps["code_loc"], steps["code_scale"]
+        steps["drawn"] = loc + scale * torch.randn_like(loc)
+        with self.rewards_params.to_module(self.rewards, preserve_module_state=False):
+            self.rewards(steps)
         with self.head_params.to_module(self.head, preserve_module_state=False):
-            predicted = self.head(TensorDict({"known": known}, tensordict.shape))["reward"]
-        error = (predicted - other["next", "reward"])[other[schema.MASK]]
+            self.head(steps)
+        belief = torch.distributions.Normal(steps["belief_loc"], steps["belief_scale"])
+        decisions = steps[schema.MASK]
+        error = (steps["predicted"] - steps["next", "reward"])[decisions]
         kl = standard_normal_kl(loc, scale.square()).sum(-1)
-        return TensorDict({"loss_reward": error.square().mean(), "loss_kl": self.kl_weight * kl.mean()})
-
-
-class BeliefSACLoss(SACLoss):
-    """Policy and values read beliefs and do not teach them.
-
-    The policy would flatter the values, and values of few long tasks are soonest told by which of them it is: the
-    transformer would learn the tasks by heart.
-    """
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Detaches what is known."""
-        return super().forward(tensordict.detach())
+        surprise = -belief.log_prob(steps["code"]).sum(-1)[decisions]
+        return TensorDict(
+            {
+                "loss_reward": error.square().mean(),
+                "loss_kl": self.kl_weight * kl.mean(),
+                "loss_belief": BELIEF_WEIGHT * surprise.mean(),
+            }
+        )
 
 
 def task_env(env: EnvBase, episodes: int, recipe: Recipe) -> TransformedEnv:
@@ -237,29 +338,32 @@ class Agent:
             window=self.task_steps + 1,
             embedding_kwargs={
                 "std": 0.3,
-                "continuous_encoder": "linear",
-                "fourier_in_min": 0.1,
-                "fourier_in_max": 10.0,
+                "continuous_encoder": recipe.encoder,
+                "fourier_in_min": recipe.extent[0],
+                "fourier_in_max": recipe.extent[1],
                 "max_num_time_steps": benchmark.max_steps + 1,
             },
             backbone_kwargs={"kind": "llama", "num_layers": LAYERS, "num_heads": HEADS},
         ).trunk
-        belief = TensorDictModule(Belief(), [schema.OBSERVATION, schema.HIDDEN], [schema.HIDDEN])
-        trunk = TensorDictSequential(self.trunk, belief)
-        size = observation_dim + 2 * BELIEF_DIM
-        policy = TensorDictModule(network(size, 2 * action_dim), [schema.HIDDEN], ["parameters"])
+        head = torch.nn.Sequential(SwiGLUHead(HIDDEN, 2 * CODE_DIM, num_layers=1), NormalParamExtractor())
+        belief = TensorDictModule(head, [schema.HIDDEN], ["belief_loc", "belief_scale"])
+        draw = TensorDictModule(Draw(), ["belief_loc", "belief_scale", "noise"], ["code"])
+        known = [schema.OBSERVATION, "code"]
+        size = observation_dim + CODE_DIM
+        parameters = TensorDictModule(network(size, 2 * action_dim), known, ["parameters"])
+        extract = TensorDictModule(NormalParamExtractor(), ["parameters"], ["loc", "scale"])
         policy = ProbabilisticActor(
-            TensorDictSequential(policy, TensorDictModule(NormalParamExtractor(), ["parameters"], ["loc", "scale"])),
+            TensorDictSequential(parameters, extract),
             in_keys=["loc", "scale"],
             spec=spec,
             distribution_class=TanhNormal,
             return_log_prob=True,
             default_interaction_type=ExplorationType.RANDOM,
         )
-        self.actor = ProbabilisticTensorDictSequential(trunk, *policy)
-        self.sac = BeliefSACLoss(
+        self.actor = ProbabilisticTensorDictSequential(self.trunk, belief, draw, *policy)
+        self.sac = SACLoss(
             policy,
-            ValueOperator(network(size + action_dim, 1, **NORM), in_keys=[schema.HIDDEN, schema.ACTION]),
+            ValueOperator(network(size + action_dim, 1, **NORM), in_keys=[*known, schema.ACTION]),
             action_spec=spec,
             num_qvalue_nets=2,
             alpha_init=recipe.entropy_weight,
@@ -270,8 +374,23 @@ class Agent:
         # Nothing that is done in an episode changes what the next one's start is worth.
         self.sac.set_keys(done=schema.PREVIOUS_TRUNCATED, terminated=schema.PREVIOUS_TRUNCATED)
         self.sac.state_dict()  # Makes a buffer that loading a checkpoint would miss: TorchRL makes it on first use.
-        belief_loss = BeliefLoss(observation_dim, action_dim, recipe.kl_weight)
-        self.loss = CombinedLoss(trunk, {"sac": self.sac, "belief": belief_loss})
+        self.codes = TensorDictModule(Codes(len(tasks)), ["task"], ["code_loc", "code_scale"])
+        transition = [schema.OBSERVATION, schema.ACTION, ("next", schema.OBSERVATION)]
+        rewards = network(size + action_dim + observation_dim, 1, **NORM)
+        rewards = TensorDictModule(rewards, ["drawn", *transition], ["predicted"])
+        blurred = [schema.OBSERVATION, schema.PREVIOUS_ACTION]
+        self.loss = CombinedLoss(
+            TensorDictSequential(TensorDictModule(Blur(recipe.blur), blurred, blurred), self.trunk),
+            {"sac": self.sac, "belief": BeliefLoss(belief, self.codes, rewards, kl_weight=recipe.kl_weight)},
+        )
+
+    @torch.no_grad()
+    def tell(self, steps: TensorDictBase) -> TensorDictBase:
+        """Writes a draw of each task's code into steps ``[B, T]``: all that policy and values learn of it."""
+        self.codes(steps)
+        loc, scale = steps["code_loc"], steps["code_scale"]
+        steps["code"] = steps["next", "code"] = loc + scale * torch.randn_like(loc[:, :1])
+        return steps
 
     @torch.no_grad()
     def test(self, tasks: torch.Tensor, *, clear: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -285,6 +404,8 @@ class Agent:
             The episodes' returns, and their first observations, ``[tasks, episodes, *]``.
         """
         env = task_env(make_env(self.name, tasks, self.benchmark), self.episodes, self.recipe)
+        # Where rewards are only met near a goal, the agent has to guess, also in a test.
+        env.append_transform(EpisodeNoise(1.0 if self.benchmark.sparse else 0.0))
         if clear:
             env.append_transform(ClearContext())
         with set_exploration_type(ExplorationType.DETERMINISTIC):
@@ -325,9 +446,11 @@ class Run:
         """Plays, learns and is tested in turns, from the newest checkpoint if there is one."""
         agent, recipe, arguments = self.agent, self.recipe, self.arguments
         each, total = self.frames
-        env = training_env(arguments.env, self.tasks, self.benchmark, recipe.rows)
+        env = task_env(training_env(arguments.env, self.tasks, self.benchmark, recipe.rows), agent.episodes, recipe)
+        env.append_transform(EpisodeNoise())
+        env.append_transform(TaskNumber(self.tasks))
         collector = Collector(
-            task_env(env, agent.episodes, recipe),
+            env,
             agent.actor,
             frames_per_batch=recipe.rows * agent.task_steps,  # whole tasks
             total_frames=-1,
@@ -336,6 +459,7 @@ class Run:
         self.buffer = TensorDictReplayBuffer(
             storage=LazyTensorStorage(total // each * recipe.rows), batch_size=recipe.batch_size
         )
+        self.buffer.append_transform(agent.tell)
         optimizer = torch.optim.AdamW(
             agent.loss.parameters(), lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY, fused=True
         )
@@ -408,10 +532,12 @@ def main() -> None:
         "hidden": HIDDEN,
         "layers": LAYERS,
         "heads": HEADS,
-        "belief": BELIEF_DIM,
+        "code": CODE_DIM,
         "width": WIDTH,
         "weight_decay": WEIGHT_DECAY,
         "tau": TAU,
+        "belief_weight": BELIEF_WEIGHT,
+        "action_blur": ACTION_BLUR,
     }
     try:
         claim(arguments.output, options, restart=arguments.restart)

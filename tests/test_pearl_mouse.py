@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensordict import TensorDict, TensorDictParams
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
 from torchrl.objectives import SoftUpdate
 
 from torchrl_mouse import schema
 from torchrl_mouse.envs import (
     DecisionMask,
     PointRobotEnv,
-    TaskEnv,
     point_robot_oracle,
     sparse_point_robot_oracle,
 )
@@ -210,10 +210,13 @@ def test_the_agent_sees_the_reward_that_it_is_measured_by(example, name, seen):
     assert ("next", "sparse_reward") not in set(agent.loss.in_keys) - {("next", seen)}
 
 
-def play(example, agent, benchmark):
-    """Every step of a task on each of the training goals, as the losses read them."""
-    goals, _ = example.make_tasks("point-robot", benchmark)
-    env = TaskEnv(example.make_env("point-robot", goals, benchmark), episodes_per_task=3)
+def play(example, agent, benchmark, name="point-robot"):
+    """Every step of tasks as the losses read them."""
+    tasks, _ = example.make_tasks(name, benchmark)
+    env = example.training_env(name, tasks, benchmark, rows=6)
+    env = example.task_env(env, agent.episodes, agent.recipe)
+    env.append_transform(example.EpisodeNoise())
+    env.append_transform(example.TaskNumber(tasks))
     with torch.no_grad():
         return DecisionMask()(env.rollout(agent.task_steps, agent.actor, break_when_any_done=False))
 
@@ -223,7 +226,7 @@ def test_values_end_with_the_episode(example, max_steps):
     torch.manual_seed(0)
     benchmark = dataclasses.replace(example.BUDGETS["smoke"]["point-robot"], max_steps=max_steps)
     agent = example.Agent("point-robot", benchmark, example.RECIPES["point-robot"])
-    steps = play(example, agent, benchmark)
+    steps = agent.tell(play(example, agent, benchmark))
     SoftUpdate(agent.sac, tau=0.1)
     losses = []
     for change in (0.0, 1.0):
@@ -235,20 +238,21 @@ def test_values_end_with_the_episode(example, max_steps):
 
 def test_each_loss_moves_its_own(example):
     agent, benchmark = make_agent(example, "point-robot")
-    steps = play(example, agent, benchmark)
+    steps = agent.tell(play(example, agent, benchmark))
     SoftUpdate(agent.sac, tau=0.1)
-    (trunk, belief), policy, _ = agent.actor
+    trunk, belief, _, policy, _ = agent.actor
     parts = {
         "trunk": trunk.parameters(),
         "belief": belief.parameters(),
+        "codes": agent.codes.parameters(),
+        "rewards": agent.loss.losses["belief"].rewards_params.values(True, True),
         "policy": policy.parameters(),
         "values": agent.sac.qvalue_network_params.values(True, True),
-        "rewards": agent.loss.losses["belief"].head_params.values(True, True),
     }
     parts = {name: list(weights) for name, weights in parts.items()}
     assert all(parts.values())
     moved = {}
-    for name in ("loss_actor", "loss_qvalue", "loss_reward", "loss_kl"):
+    for name in ("loss_actor", "loss_qvalue", "loss_reward", "loss_kl", "loss_belief"):
         agent.loss.zero_grad()
         agent.loss(steps)[name].backward()
         moved[name] = {
@@ -257,78 +261,171 @@ def test_each_loss_moves_its_own(example):
     assert moved == {
         "loss_actor": {"policy"},
         "loss_qvalue": {"values"},
-        "loss_reward": {"trunk", "belief", "rewards"},
-        "loss_kl": {"trunk", "belief"},
+        "loss_reward": {"codes", "rewards"},
+        "loss_kl": {"codes"},
+        "loss_belief": {"trunk", "belief"},
+    }
+    assert {id(w) for weights in parts.values() for w in weights if w.requires_grad} == {
+        id(w) for w in agent.loss.parameters() if w.requires_grad
     }
 
 
-def test_what_is_known_is_the_observation_and_a_belief(example):
-    agent, benchmark = make_agent(example, "cheetah-vel")
-    tasks, _ = example.make_tasks("cheetah-vel", benchmark)
-    env = example.task_env(example.make_env("cheetah-vel", tasks, benchmark), 3, agent.recipe)
-    with torch.no_grad():
-        steps = env.rollout(2, agent.actor)
-    hidden = steps["hidden"]
-    assert hidden.shape[-1] == 20 + 2 * example.BELIEF_DIM
-    assert torch.equal(hidden[..., :20], steps["observation"])
-    assert (hidden[..., -example.BELIEF_DIM :] > 0).all(), "scales"
-    place = steps["observation"][..., 17:]
-    forward = (place[:, 1, 0] - place[:, 0, 0]) * agent.recipe.scales[17] / 0.05
-    shown = steps["observation"][:, 1, 8] * agent.recipe.scales[8]
-    assert (forward - shown).abs().max() < 3, "both are velocities in m/s"
+@pytest.mark.parametrize(
+    ("name", "read"), [("point-robot", "goal"), ("sparse-point-robot", "goal"), ("cheetah-vel", "velocity")]
+)
+def test_steps_tell_which_task_they_are_of(example, name, read):
+    benchmark, recipe = example.BUDGETS["smoke"][name], example.RECIPES[name]
+    tasks, _ = example.make_tasks(name, benchmark)
+    env = example.training_env(name, tasks, benchmark, rows=6)
+    env.set_seed(0)
+    transformed = example.task_env(env, 1, recipe)
+    transformed.append_transform(example.TaskNumber(tasks))
+    seen = set()
+    for _ in range(3):
+        steps = transformed.rollout(2)
+        assert (steps["task"] == steps["task"][:, :1]).all()
+        assert (steps["next", "task"] == steps["task"]).all()
+        torch.testing.assert_close(tasks[steps["task"][:, 0, 0]], getattr(env, read), rtol=0, atol=0)
+        seen.update(steps["task"].flatten().tolist())
+    assert seen == set(range(4))
 
 
-def beliefs(example, loc, scale):
-    """Steps whose transitions are told by their sum."""
-    action, observation, following = (torch.randn(2, 7, 2) for _ in range(3))
-    reward = (action + observation + following).sum(-1, keepdim=True)
+def test_a_guess_is_kept_for_an_episode(example):
+    agent, benchmark = make_agent(example, "point-robot")
+    steps = play(example, agent, benchmark)
+    noise = steps["noise"][:, : 3 * 21].split(21, 1)
+    for episode in noise:
+        assert (episode == episode[:, :1]).all()
+    starts = torch.stack([episode[:, 0] for episode in noise])
+    assert len(starts.unique()) == starts.numel()
+    assert starts.std().item() == pytest.approx(1, abs=0.25)
+    torch.testing.assert_close(steps["code"], steps["belief_loc"] + steps["belief_scale"] * steps["noise"])
+
+
+@pytest.mark.parametrize(("name", "guesses"), [("point-robot", False), ("sparse-point-robot", True)])
+def test_tests_guess_where_rewards_are_sparse(example, monkeypatch, name, guesses):
+    agent, benchmark = make_agent(example, name)
+    _, tasks = example.make_tasks(name, benchmark)
+    noise = []
+
+    class Spy(example.Draw):
+        def forward(self, loc, scale, noise_):
+            noise.append(noise_.clone())
+            return super().forward(loc, scale, noise_)
+
+    agent.actor[2].module = Spy()
+    agent.test(tasks)
+    assert any((entry != 0).any() for entry in noise) is guesses
+
+
+def test_policy_and_values_know_the_code_of_the_task(example):
+    agent, benchmark = make_agent(example, "point-robot")
+    table = agent.codes.module
+    table.table.weight.data.copy_(torch.arange(4.0).unsqueeze(1).expand(-1, 2 * example.CODE_DIM) / 10)
+    table.table.weight.data[:, example.CODE_DIM :] = -10
+    steps = agent.tell(play(example, agent, benchmark))
+    expected = steps["task"].expand(-1, -1, example.CODE_DIM).float()
+    torch.testing.assert_close(steps["code"], expected, atol=0.1, rtol=0)
+    assert torch.equal(steps["next", "code"], steps["code"])
+    assert not steps["code"].requires_grad
+    table.table.weight.data[:, example.CODE_DIM :] = 0
+    code = agent.tell(steps)["code"]
+    assert (code == code[:, :1]).all(), "one draw for a task"
+    assert (code - expected).abs().mean() > 0.5
+
+
+def test_what_the_transformer_reads_is_blurred_only_while_it_learns(example):
+    agent, benchmark = make_agent(example, "point-robot")
+    steps = agent.tell(play(example, agent, benchmark))
+    SoftUpdate(agent.sac, tau=0.1)
+    assert not any(isinstance(module, example.Blur) for module in agent.actor.modules())
+    blur = agent.loss.trunk[0].module
+    torch.manual_seed(0)
+    observation, action = blur(steps["observation"], steps["previous", "action"])
+    assert (observation - steps["observation"]).std().item() == pytest.approx(agent.recipe.blur, rel=0.1)
+    assert (action - steps["previous", "action"]).std().item() == pytest.approx(example.ACTION_BLUR, rel=0.1)
+    before = steps["observation"].clone()
+    agent.loss(steps)
+    assert torch.equal(steps["observation"], before), "the losses know where the agent was"
+
+
+def known(example):
+    """Steps of two tasks, whose rewards are the sums of what is there, and a loss with what it reads in sight."""
+    torch.manual_seed(0)
+    moved, acted, following = (torch.randn(2, 7, 2) for _ in range(3))
+    reward = (moved + acted + following).sum(-1, keepdim=True)
     mask = torch.ones(2, 7, dtype=torch.bool)
     mask[:, 3] = False
     reward[:, 3] += 1
-    belief = torch.tensor([loc] * example.BELIEF_DIM + [scale] * example.BELIEF_DIM).expand(2, 7, -1)
-    steps = {"hidden": torch.cat([observation, belief], -1), "observation": observation, "action": action}
-    following = {"observation": following, "reward": reward}
-    return TensorDict({**steps, "collector": {"mask": mask}, "next": following}, [2, 7])
+    return TensorDict(
+        {
+            "hidden": torch.zeros(2, 7, 1),
+            "code": torch.zeros(2, 7, example.CODE_DIM),
+            "task": torch.tensor([[0], [1]]).expand(2, 7).unsqueeze(-1),
+            "observation": moved,
+            "action": acted,
+            "collector": {"mask": mask},
+            "next": {"observation": following, "reward": reward},
+        },
+        [2, 7],
+    )
 
 
-def loss_of(example, network):
-    """The loss with another network in place of its own."""
-    loss = example.BeliefLoss(2, 2, kl_weight=0.5)
+class Constant(torch.nn.Module):
+    """The same for every step."""
 
+    def __init__(self, *values):
+        super().__init__()
+        self.values = torch.nn.ParameterList(torch.tensor(value) for value in values)
+
+    def forward(self, read):
+        shape = (*read.shape[:-1], 5)
+        return tuple(value.expand(shape) for value in self.values)
+
+
+def loss_of(example, *, belief=(0.0, 1.0), code=(0.0, 1.0), rewards=lambda _, moved: moved.sum(-1, keepdim=True)):
     class Network(torch.nn.Module):
-        def forward(self, known):
-            return network(known)
+        def forward(self, drawn, *transition):
+            return rewards(drawn, torch.cat(transition, -1))
 
-    loss.head.module = Network()
-    loss.head_params = TensorDictParams(TensorDict.from_module(loss.head))
-    return loss
+    return example.BeliefLoss(
+        TensorDictModule(Constant(*belief), ["hidden"], ["belief_loc", "belief_scale"]),
+        TensorDictModule(Constant(*code), ["task"], ["code_loc", "code_scale"]),
+        TensorDictModule(Network(), ["drawn", "observation", "action", ("next", "observation")], ["predicted"]),
+        kl_weight=0.5,
+    )
 
 
-def test_rewards_of_other_decisions_are_predicted(example):
-    loss = loss_of(example, lambda known: known[..., example.BELIEF_DIM :].sum(-1, keepdim=True))
-    steps = beliefs(example, 0.0, 1.0)
-    for _ in range(20):
-        assert loss(steps)["loss_reward"] < 1e-9
+def test_rewards_of_decisions_are_predicted(example):
+    loss, steps = loss_of(example), known(example)
+    assert loss(steps)["loss_reward"] < 1e-9
     steps["next", "reward"][0, 4] += 6
-    for _ in range(20):
-        assert loss(steps)["loss_reward"].item() == pytest.approx(6**2 / 12, rel=1e-5)
+    assert loss(steps)["loss_reward"].item() == pytest.approx(6**2 / 12, rel=1e-5)
 
 
-def test_beliefs_are_drawn_and_kept_near_the_prior(example):
+def test_codes_are_drawn_and_kept_near_the_prior(example):
     drawn = []
 
-    def network(known):
-        drawn.append(known[..., : example.BELIEF_DIM])
-        return known[..., :1]
+    def rewards(code, moved):
+        drawn.append(code)
+        return moved[..., :1]
 
-    loss = loss_of(example, network)
-    torch.manual_seed(0)
+    loss = loss_of(example, code=(2.0, 0.5), rewards=rewards)
     for _ in range(100):
-        kl = loss(beliefs(example, 2.0, 0.5))["loss_kl"].item()
+        kl = loss(known(example))["loss_kl"].item()
+        torch.manual_seed(len(drawn))
     samples = torch.stack(drawn)
-    assert samples.mean().item() == pytest.approx(2, abs=0.02)
-    assert samples.std().item() == pytest.approx(0.5, abs=0.02)
+    assert samples.mean().item() == pytest.approx(2, abs=0.1)
     target = torch.distributions.Normal(0.0, 1.0)
     exact = torch.distributions.kl_divergence(torch.distributions.Normal(2.0, 0.5), target)
-    assert kl == pytest.approx(0.5 * example.BELIEF_DIM * exact.item(), rel=1e-5)
-    assert loss(beliefs(example, 0.0, 1.0))["loss_kl"] == 0
+    assert kl == pytest.approx(0.5 * example.CODE_DIM * exact.item(), rel=1e-5)
+    assert loss_of(example)(known(example))["loss_kl"] == 0
+
+
+def test_beliefs_are_measured_by_the_density_of_the_code(example):
+    steps = known(example)
+    steps["code"] = torch.full((2, 7, example.CODE_DIM), 3.0)
+    steps["code"][:, 3] = 100.0  # no decision
+    surprise = loss_of(example, belief=(2.0, 0.5))(steps)["loss_belief"].item() / example.BELIEF_WEIGHT
+    exact = -torch.distributions.Normal(2.0, 0.5).log_prob(torch.tensor(3.0)).item()
+    assert surprise == pytest.approx(example.CODE_DIM * exact, rel=1e-5)
