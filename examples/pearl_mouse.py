@@ -79,10 +79,8 @@ class Recipe:
     kl_weight: float  # of the codes
     blur: float  # of observations, for the transformer
     encoder: str = "linear"  # of observations and actions; "fourier" sees better where a reward was met
-    extent: tuple[float, float] = (
-        0.1,
-        10.0,
-    )  # of Fourier features, rewards' too: what they resolve and how far they go
+    # of Fourier features, rewards' too: what they resolve and how far they go
+    extent: tuple[float, float] = (0.1, 10.0)
     scales: tuple[float, ...] = ()  # what observations are divided by, if they are
 
 

@@ -210,10 +210,10 @@ def test_the_agent_sees_the_reward_that_it_is_measured_by(example, name, seen):
     assert ("next", "sparse_reward") not in set(agent.loss.in_keys) - {("next", seen)}
 
 
-def play(example, agent, benchmark, name="point-robot"):
+def play(example, agent, benchmark):
     """Every step of tasks as the losses read them."""
-    tasks, _ = example.make_tasks(name, benchmark)
-    env = example.training_env(name, tasks, benchmark, rows=6)
+    tasks, _ = example.make_tasks("point-robot", benchmark)
+    env = example.training_env("point-robot", tasks, benchmark, rows=6)
     env = example.task_env(env, agent.episodes, agent.recipe)
     env.append_transform(example.EpisodeNoise())
     env.append_transform(example.TaskNumber(tasks))
@@ -303,7 +303,7 @@ def test_a_guess_is_kept_for_an_episode(example):
 
 
 @pytest.mark.parametrize(("name", "guesses"), [("point-robot", False), ("sparse-point-robot", True)])
-def test_tests_guess_where_rewards_are_sparse(example, monkeypatch, name, guesses):
+def test_tests_guess_where_rewards_are_sparse(example, name, guesses):
     agent, benchmark = make_agent(example, name)
     _, tasks = example.make_tasks(name, benchmark)
     noise = []
@@ -350,7 +350,7 @@ def test_what_the_transformer_reads_is_blurred_only_while_it_learns(example):
 
 
 def known(example):
-    """Steps of two tasks, whose rewards are the sums of what is there, and a loss with what it reads in sight."""
+    """Steps of two tasks whose rewards, those of decisions, are the sums of their transitions."""
     torch.manual_seed(0)
     moved, acted, following = (torch.randn(2, 7, 2) for _ in range(3))
     reward = (moved + acted + following).sum(-1, keepdim=True)
