@@ -308,12 +308,17 @@ def task_env(env: EnvBase, episodes: int, recipe: Recipe) -> TransformedEnv:
     return env
 
 
-def training_env(name: str, tasks: torch.Tensor, benchmark: Benchmark, rows: int) -> EnvBase:
-    """Makes rows that draw a training task each time."""
-    sizes = {"batch_size": rows, "max_steps": benchmark.max_steps}
+def training_env(name: str, tasks: torch.Tensor, benchmark: Benchmark, recipe: Recipe) -> TransformedEnv:
+    """Makes rows that draw a training task each time, and write what belongs to it."""
+    sizes = {"batch_size": recipe.rows, "max_steps": benchmark.max_steps}
     if name == "cheetah-vel":
-        return HalfCheetahVelEnv(tasks, **sizes)
-    return PointRobotEnv(tasks, **sizes, sparse=benchmark.sparse)
+        env = HalfCheetahVelEnv(tasks, **sizes)
+    else:
+        env = PointRobotEnv(tasks, **sizes, sparse=benchmark.sparse)
+    env = task_env(env, benchmark.test_episodes, recipe)
+    env.append_transform(EpisodeNoise())
+    env.append_transform(TaskNumber(tasks))
+    return env
 
 
 class Agent:
@@ -444,9 +449,7 @@ class Run:
         """Plays, learns and is tested in turns, from the newest checkpoint if there is one."""
         agent, recipe, arguments = self.agent, self.recipe, self.arguments
         each, total = self.frames
-        env = task_env(training_env(arguments.env, self.tasks, self.benchmark, recipe.rows), agent.episodes, recipe)
-        env.append_transform(EpisodeNoise())
-        env.append_transform(TaskNumber(self.tasks))
+        env = training_env(arguments.env, self.tasks, self.benchmark, recipe)
         collector = Collector(
             env,
             agent.actor,

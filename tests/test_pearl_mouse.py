@@ -213,10 +213,8 @@ def test_the_agent_sees_the_reward_that_it_is_measured_by(example, name, seen):
 def play(example, agent, benchmark):
     """Every step of tasks as the losses read them."""
     tasks, _ = example.make_tasks("point-robot", benchmark)
-    env = example.training_env("point-robot", tasks, benchmark, rows=6)
-    env = example.task_env(env, agent.episodes, agent.recipe)
-    env.append_transform(example.EpisodeNoise())
-    env.append_transform(example.TaskNumber(tasks))
+    recipe = dataclasses.replace(agent.recipe, rows=6)
+    env = example.training_env("point-robot", tasks, benchmark, recipe)
     with torch.no_grad():
         return DecisionMask()(env.rollout(agent.task_steps, agent.actor, break_when_any_done=False))
 
@@ -274,18 +272,18 @@ def test_each_loss_moves_its_own(example):
     ("name", "read"), [("point-robot", "goal"), ("sparse-point-robot", "goal"), ("cheetah-vel", "velocity")]
 )
 def test_steps_tell_which_task_they_are_of(example, name, read):
-    benchmark, recipe = example.BUDGETS["smoke"][name], example.RECIPES[name]
+    benchmark = dataclasses.replace(example.BUDGETS["smoke"][name], max_steps=2, test_episodes=1)
     tasks, _ = example.make_tasks(name, benchmark)
-    env = example.training_env(name, tasks, benchmark, rows=6)
+    recipe = dataclasses.replace(example.RECIPES[name], rows=6)
+    env = example.training_env(name, tasks, benchmark, recipe)
     env.set_seed(0)
-    transformed = example.task_env(env, 1, recipe)
-    transformed.append_transform(example.TaskNumber(tasks))
+    base = env.base_env.base_env
     seen = set()
     for _ in range(3):
-        steps = transformed.rollout(2)
+        steps = env.rollout(2)
         assert (steps["task"] == steps["task"][:, :1]).all()
         assert (steps["next", "task"] == steps["task"]).all()
-        torch.testing.assert_close(tasks[steps["task"][:, 0, 0]], getattr(env, read), rtol=0, atol=0)
+        torch.testing.assert_close(tasks[steps["task"][:, 0, 0]], getattr(base, read), rtol=0, atol=0)
         seen.update(steps["task"].flatten().tolist())
     assert seen == set(range(4))
 
