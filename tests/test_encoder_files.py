@@ -172,6 +172,20 @@ def test_a_file_for_rlkit_is_the_built_in_recurrent_encoder(tmp_path):
         torch.testing.assert_close(theirs(rows), ours(rows))
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_saturated_states_keep_a_gradient_in_bfloat16(tmp_path, own):
+    """What float32 leaves of it, out of which Adam makes steps; bfloat16 would round the states to 1, it to 0."""
+    encoder = load(write(tmp_path, RECURRENT_FILE) if own else "recurrent")
+    torch.nn.init.constant_(encoder.lstm.bias_ih_l0, 10.0)
+    posterior = ContextPosterior(encoder)
+    posterior.reset(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        belief = posterior(context(2, 64))
+    assert encoder.hidden.min() > 0.999
+    belief["posterior_loc"].sum().backward()
+    assert encoder.lstm.bias_ih_l0.grad[-HIDDEN[-1] :].all()  # of the output gate
+
+
 def test_trying_a_file_leaves_no_trace(tmp_path):
     theirs = load(write(tmp_path, RECURRENT_FILE))
     assert theirs.training
@@ -253,6 +267,21 @@ def test_a_missing_file(tmp_path):
             LINEAR_FILE.replace("nn.Linear(input_size, output_size)", "nn.Linear(input_size, 5)"),
             ValueError,
             r"CustomContextEncoder: output must be .* 2, 3 and 6, got \[6, 5\]",
+        ),
+        (
+            LINEAR_FILE.replace("else output", "else (output, output)"),
+            TypeError,
+            r"CustomContextEncoder: output must be a tensor, got tuple\. Return",
+        ),
+        (
+            LINEAR_FILE.replace("else output", "else output / 0"),
+            ValueError,
+            r"encoder\.py must be finite for a context of zeros, got -?inf",
+        ),
+        (
+            LINEAR_FILE.replace("hidden_sizes, input_size, output_size,", "size, *,"),
+            TypeError,
+            r"must be made by \(hidden_sizes, input_size, output_size\), got a constructor with too many",
         ),
         (
             LINEAR_FILE.replace("else output", "else output[:4]"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import math
 import sys
 from contextlib import contextmanager
@@ -88,6 +89,9 @@ def fanin_init(weight: torch.Tensor) -> torch.Tensor:
 def encode_context(encoder: nn.Module, context: torch.Tensor) -> torch.Tensor:
     """Calls an encoder, and sees to it that its output is the parameters of Gaussians.
 
+    A recurrent one computes without autocast. Early in training PEARL's large values drive the states of its LSTM to 1;
+    the gradient that float32 leaves there leads out again, while half precision rounds it to zero for good.
+
     Args:
         encoder: as :class:`~torchrl_mouse.modules.ContextEncoder`, or one of somebody's own.
         context: ``[tasks, N, input_size]``, ``tasks`` and ``N`` at least 1.
@@ -96,10 +100,19 @@ def encode_context(encoder: nn.Module, context: torch.Tensor) -> torch.Tensor:
         ``[tasks, N, output_size]``, or ``[tasks, 1, output_size]`` of an encoder that gives one for each task.
 
     Raises:
+        TypeError: the output is no tensor.
         ValueError: the output is of another shape.
     """
     tasks, num, _ = context.shape
-    output: torch.Tensor = encoder(context)
+    device = context.device.type
+    low = torch.is_autocast_enabled(device) and not getattr(encoder, "IS_RECURRENT", False)
+    with torch.autocast(device, enabled=low):
+        output: torch.Tensor = encoder(context)
+    if not isinstance(output, torch.Tensor):
+        raise TypeError(
+            f"{type(encoder).__name__}: output must be a tensor, got {type(output).__name__}. Return the parameters of "
+            f"the Gaussians alone."
+        )
     size = int(encoder.output_size)  # type: ignore[arg-type]
     shape = tuple(output.shape)
     # A file of one's own may leave tasks and transitions flattened, as those for PEARL's code may.
@@ -136,10 +149,21 @@ def load_encoder(path: str | Path, hidden_sizes: Sequence[int], input_size: int,
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: it asks for more of rlkit, or defines no such class.
-        TypeError: the class is no ``torch.nn.Module``, or has no method ``reset``.
-        ValueError: the encoder's attribute ``output_size``, or the shape of its output, is another one.
+        TypeError: the class is no ``torch.nn.Module``, is made by other arguments, or has no method ``reset``, or the
+            encoder's output is no tensor.
+        ValueError: the encoder's attribute ``output_size``, or the shape of its output, is another one, or what it
+            gives for zeros is not finite.
     """
-    encoder = _encoder_class(Path(path))(list(hidden_sizes), input_size, output_size)
+    kind = _encoder_class(Path(path))
+    sizes = (list(hidden_sizes), input_size, output_size)
+    try:
+        inspect.signature(kind).bind(*sizes)
+    except TypeError as error:
+        raise TypeError(
+            f"make_context_encoder: {CUSTOM_CLASS} of {path} must be made by (hidden_sizes, input_size, output_size), "
+            f"got a constructor with {error}. Let it take these three."
+        ) from None
+    encoder = kind(*sizes)
     if (found := getattr(encoder, "output_size", None)) != output_size:
         raise ValueError(
             f"make_context_encoder: output_size of the encoder in {path} must be {output_size}, got {found}. "
@@ -153,7 +177,12 @@ def load_encoder(path: str | Path, hidden_sizes: Sequence[int], input_size: int,
     trial = copy.deepcopy(encoder).eval()  # What it remembers of the trial goes with the copy.
     with torch.no_grad():
         trial.reset(num_tasks=2)  # type: ignore[operator]
-        encode_context(trial, torch.zeros(2, 3, input_size))
+        output = encode_context(trial, torch.zeros(2, 3, input_size))
+    if not output.isfinite().all():
+        raise ValueError(
+            f"make_context_encoder: output of the encoder in {path} must be finite for a context of zeros, got "
+            f"{output[~output.isfinite()][0].item()}. Change its forward."
+        )
     for name, buffer in list(encoder.named_buffers()):
         if trial.get_buffer(name).shape != buffer.shape:  # A state, of a size that no checkpoint could be read with.
             owner, _, name = name.rpartition(".")
