@@ -73,9 +73,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=at_least(0), default=42, help="of weights, latents, actions and starts")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where all of it runs")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="of products in gradient steps")
-    parser.add_argument("--test", action="store_true", help="let the agent of the run so far meet the test tasks again")
     parser.add_argument("--output", type=Path, help="folder; by default runs/pearl/ENV/ENCODER-BUDGET-SEED[-PRECISION]")
-    parser.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--test", action="store_true", help="let the agent of a run meet the test tasks again")
+    earlier.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
     arguments = parser.parse_args()
     if arguments.output is None:
         run = f"{Path(arguments.encoder).stem}-{arguments.budget}-{arguments.seed}"
@@ -92,7 +93,10 @@ class Agent:
     ) -> None:
         self.benchmark, self.device = benchmark, device
         size = observation_dim + action_dim + 1
-        network = make_context_encoder(encoder, hidden_sizes=HIDDEN_SIZES, input_size=size, output_size=2 * LATENT_DIM)
+        with torch.device(device):  # where a file's own states are made
+            network = make_context_encoder(
+                encoder, hidden_sizes=HIDDEN_SIZES, input_size=size, output_size=2 * LATENT_DIM
+            )
         self.recurrent = getattr(network, "IS_RECURRENT", False)
         self.posterior = ContextPosterior(network).to(device)
         self.sample = sample_latent()
@@ -315,10 +319,6 @@ class Run:
 
     def meet(self) -> str:
         """Lets the agent of the last checkpoint meet the test tasks; returns a table of returns by episode."""
-        if not self.file.exists():
-            raise SystemExit(
-                f"{self.arguments.output} must hold a run with a finished iteration: train first, without --test"
-            )
         self.load()
         self.agent.loss.eval()
         self.agent.forget(len(self.test_tasks))
@@ -360,6 +360,11 @@ def main() -> None:
         options["encoder file"] = hashlib.sha256(Path(arguments.encoder).read_bytes()).hexdigest()
     try:
         run = Run(arguments)
+        if arguments.test and not run.file.exists():
+            raise ValueError(
+                f"pearl.py: --output must be the folder of a run with a finished iteration, got {arguments.output}. "
+                "Train first, without --test."
+            )
         claim(arguments.output, options, restart=arguments.restart)
     except (ValueError, TypeError, OSError, ImportError) as error:
         # What went wrong inside an encoder's file is to be seen with its lines.

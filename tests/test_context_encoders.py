@@ -11,13 +11,7 @@ from small_encoders import HIDDEN, INPUT, KINDS, OUTPUT, PER_TRANSITION, make, s
 from torch import nn
 from torch.nn import functional as F
 
-from torchrl_mouse.modules import (
-    CONTEXT_ENCODERS,
-    BayesianContextEncoder,
-    PyTorchModule,
-    TransformerContextEncoder,
-    fanin_init,
-)
+from torchrl_mouse.modules import CONTEXT_ENCODERS, BayesianContextEncoder, PyTorchModule, fanin_init
 
 # --- the base
 
@@ -42,7 +36,7 @@ def test_init_params_are_the_arguments_of_the_class_itself():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_init_params_make_another_one(kind):
-    kwargs = {"transformer": {"width": 8, "num_queries": 2}, "attention": {"num_heads": 2}}.get(kind, {})
+    kwargs = {"attention": {"num_heads": 2}, "bayesian": {"size": 8}}.get(kind, {})
     encoder = make(kind, **kwargs)
     assert encoder.init_params.items() >= kwargs.items()
     other = type(encoder)(**encoder.init_params)
@@ -130,7 +124,7 @@ def test_tasks_do_not_see_each_other(kind):
     assert (after[1] - before[1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["linear", "mlp", "attention", "transformer", "bayesian"])
+@pytest.mark.parametrize("kind", ["linear", "mlp", "attention", "bayesian"])
 def test_order_does_not_matter(kind):
     encoder, rows = make(kind), torch.randn(3, 7, INPUT)
     order = torch.randperm(7)
@@ -146,11 +140,10 @@ def test_attention_is_added_to_what_reads():
     torch.testing.assert_close(encoder(rows), encoder.last_fc(expected))
 
 
-def test_attention_and_transformer_read_all_transitions():
-    for kind in ("attention", "transformer"):
-        encoder, rows = make(kind), torch.randn(1, 7, INPUT, requires_grad=True)
-        encoder(rows)[:, 0].sum().backward()
-        assert (rows.grad.abs().amax(-1) > 0).all()
+def test_attention_reads_all_transitions():
+    encoder, rows = make("attention"), torch.randn(1, 7, INPUT, requires_grad=True)
+    encoder(rows)[:, 0].sum().backward()
+    assert (rows.grad.abs().amax(-1) > 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,18 +191,9 @@ def test_sizes_are_checked(sizes, message):
         CONTEXT_ENCODERS["mlp"](*sizes)
 
 
-@pytest.mark.parametrize("kwargs", [{"width": 30}, {"num_heads": 3}])
-def test_heads_divide_the_width(kwargs):
-    with pytest.raises(ValueError, match="width must be a multiple of num_heads"):
-        TransformerContextEncoder(HIDDEN, INPUT, OUTPUT, **kwargs)
+def test_heads_divide_the_width():
     with pytest.raises(ValueError, match="width must be a multiple of num_heads, got 6 and 4"):
         CONTEXT_ENCODERS["attention"]([8, 6], INPUT, OUTPUT)
-
-
-@pytest.mark.parametrize("name", ["width", "num_layers", "num_heads", "num_queries"])
-def test_options_of_the_transformer_are_checked(name):
-    with pytest.raises(ValueError, match=f"TransformerContextEncoder: {name} must be at least 1, got 0"):
-        TransformerContextEncoder(HIDDEN, INPUT, OUTPUT, **{name: 0})
 
 
 # --- recurrent
@@ -253,47 +237,7 @@ def test_only_recurrent_ones_ask_for_trajectories():
     assert [kind for kind in KINDS if CONTEXT_ENCODERS[kind].IS_RECURRENT] == ["recurrent"]
 
 
-# --- transformer
-
-
-def seen(num, calls=200):
-    """Counts the transitions that each call in training mode reads, by what has a gradient; ``[calls, 4]``."""
-    encoder, counts = make("transformer", num_layers=1).train(), []
-    for _ in range(calls):
-        rows = torch.randn(4, num, INPUT, requires_grad=True)
-        encoder(rows).sum().backward()
-        read = rows.grad.abs().amax(-1) > 0
-        count = read.sum(-1)
-        assert torch.equal(read, torch.arange(num) < count.unsqueeze(-1))  # The first ones.
-        counts.append(count)
-    return torch.stack(counts)
-
-
-def test_transformer_trains_on_every_number_of_transitions():
-    counts = seen(15)
-    assert set(counts.flatten().tolist()) == set(range(1, 16))
-    assert (counts[:, 0] != counts[:, 1]).any()  # Of each task by itself.
-    share = torch.tensor([((counts >= 2**k) & (counts < 2 ** (k + 1))).float().mean() for k in range(4)])
-    assert share.sum() == pytest.approx(1.0)
-    torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.06, rtol=0)  # Uniform in the logarithm.
-
-
-def test_transformer_reads_a_single_transition_in_training():
-    assert (seen(1, calls=5) == 1).all()
-
-
-def test_transformer_trained_on_a_part_is_the_one_that_reads_the_part():
-    encoder, rows = make("transformer"), torch.randn(1, 7, INPUT)
-    parts = torch.cat([encoder(rows[:, :num]) for num in range(1, 8)])
-    encoder.train()
-    for _ in range(20):
-        assert (encoder(rows) - parts).abs().amax(-1).min() < 1e-5
-
-
-def test_transformer_counts():
-    """Twice the same transitions are not the same belief, though attention averages alike over both."""
-    encoder, rows = make("transformer"), torch.randn(1, 7, INPUT)
-    assert (encoder(rows.repeat(1, 2, 1)) - encoder(rows)).abs().max() > 1e-3
+# --- bayesian
 
 
 def test_bayesian_belief_is_that_of_linear_regression():

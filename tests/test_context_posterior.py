@@ -6,13 +6,12 @@ import pytest
 import torch
 from small_encoders import HIDDEN, INPUT, KINDS, OUTPUT, PER_TRANSITION, make, seeded  # noqa: F401
 from tensordict import TensorDict
-from tensordict.nn import InteractionType, ProbabilisticTensorDictModule, TensorDictSequential
+from tensordict.nn import TensorDictSequential
 from torch import nn
-from torch.distributions import Normal
 from torch.nn import functional as F
 
 from torchrl_mouse.functional import gaussian_product, standard_normal_kl
-from torchrl_mouse.modules import ContextPosterior, make_context_encoder
+from torchrl_mouse.modules import ContextPosterior, make_context_encoder, sample_latent
 
 
 def context(*shape):
@@ -137,15 +136,9 @@ def test_is_called_with_tensors_too():
 
 
 def test_latents_are_drawn_from_it():
-    sample = ProbabilisticTensorDictModule(
-        in_keys={"loc": "posterior_loc", "scale": "posterior_scale"},
-        out_keys=["latent"],
-        distribution_class=Normal,
-        default_interaction_type=InteractionType.RANDOM,
-    )
     encoder = make("mlp")
     batch = context(1, 7).expand(4000).contiguous()
-    latent = TensorDictSequential(ContextPosterior(encoder), sample)(batch)
+    latent = TensorDictSequential(ContextPosterior(encoder), sample_latent())(batch)
     belief = latent[0]
     torch.testing.assert_close(latent["latent"].mean(0), belief["posterior_loc"], atol=0.1, rtol=0)
     torch.testing.assert_close(latent["latent"].std(0), belief["posterior_scale"], atol=0.1, rtol=0.05)

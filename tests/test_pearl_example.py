@@ -23,6 +23,7 @@ from torchrl_mouse.envs import point_robot_oracle
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 ENCODER = """
+import torch
 import torch.nn as nn
 import rlkit.torch.pytorch_util as ptu
 from rlkit.torch.core import PyTorchModule
@@ -43,6 +44,28 @@ class CustomContextEncoder(PyTorchModule):
     def reset(self, num_tasks=1):
         pass
 """
+
+# The goal, without learning: rewards are distances from it to where actions led.
+GOAL_ENCODER = """
+import torch
+from rlkit.torch.core import PyTorchModule
+
+
+class CustomContextEncoder(PyTorchModule):
+    def __init__(self, hidden_sizes, input_size, output_size):
+        super().__init__()
+        self.output_size = output_size
+
+    def forward(self, input, return_preactivations=False):
+        at, distance = input[..., :2] + 0.1 * input[..., 2:4], input[..., 4:]
+        # The square of the distance is linear in the goal and the square of its own length.
+        rows = torch.cat([-2 * at, torch.ones_like(distance)], -1)
+        squares = distance.square() - at.square().sum(-1, keepdim=True)
+        goal = torch.linalg.lstsq(rows, squares).solution[..., :2, 0]
+        mean = torch.cat([goal, torch.zeros(len(goal), 3)], -1)
+        return torch.cat([mean, torch.full_like(mean, -9.0)], -1)  # of standard deviation .01
+"""
+ENCODERS = ("mlp", "recurrent", "attention")
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +329,35 @@ def test_batches(pearl, make_run, encoder):
         assert drawn["observation"][:, 0].abs().max() == 0
 
 
+# What the plot's lines are at: best without adaptation, mlp, recurrent, attention, best run; the oracle.
+PLOTTED = {
+    "point-robot": (-14.07, -11.878, -11.383, -10.837, -9.424),
+    "sparse-point-robot": (4.40, 3.803, 2.818, 1.991, 6.687, 13.07),
+    "cheetah-vel": (-166.9, -141.860, -170.882, -96.754, -78.369),
+}
+
+
+@pytest.mark.parametrize("env", PLOTTED)
+def test_plot_shows_what_to_compare_with(benchmark_of, tmp_path, monkeypatch, env):
+    figures = []
+    monkeypatch.setattr(benchmark_of.plt, "close", figures.append)
+    regret = {"regret": 5.0} if env == "point-robot" else {}
+    history = [{"test_return": -10.0 - n, "train_return": -9.0, **regret} for n in range(3)]
+    benchmark_of.save({"environment": env}, history, tmp_path)
+    (axes,) = figures[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert lines["test tasks"] == [-10.0, -11.0, -12.0]
+    assert lines["training tasks"] == [-9.0] * 3
+    if regret:
+        assert lines["oracle, same starts"] == [-5.0, -6.0, -7.0]
+    names = ["best without adaptation", *(f"published: {name} (mean of 3 seeds)" for name in ENCODERS)]
+    names += ["published: best run", "oracle"]
+    shown = [lines[name][0] for name in names if name in lines]
+    assert shown == pytest.approx(PLOTTED[env])
+    monkeypatch.undo()
+    benchmark_of.plt.close(figures[0])
+
+
 @pytest.mark.parametrize("env", ["point-robot", "sparse-point-robot", "cheetah-vel"])
 def test_runs_and_leaves_results(call, tmp_path, env):
     printed = call("--env", env, "--budget", "smoke", "--output", tmp_path / "run")
@@ -405,7 +457,9 @@ def test_an_encoder_of_ones_own(call, tmp_path):
         (["--env", "point-robots"], "invalid choice: 'point-robots'"),
         (["--encoder", "lstm"], "name_or_path must be one of linear, mlp, recurrent"),
         (["--encoder", "missing.py"], "missing.py"),
-        (["--seed", "-1"], "--seed"),
+        (["--seed", "-1"], "argument --seed: must be at least 0"),
+        (["--test", "--restart"], "argument --restart: not allowed with argument --test"),
+        (["--test"], "--output must be the folder of a run with a finished iteration, got"),
     ],
 )
 def test_bad_arguments(call, tmp_path, arguments, message):
@@ -421,7 +475,6 @@ def test_mujoco_is_not_installed(call, tmp_path, monkeypatch):
 
 def test_a_run_says_what_it_is_and_its_agent_can_be_met(call, tmp_path):
     options = ("--budget", "smoke", "--encoder", "bayesian", "--output", tmp_path / "run")
-    assert "must hold a run with a finished iteration" in call(*options, "--test", fails=True)
     call(*options)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert [results[name] for name in ("encoder", "budget", "seed")] == ["bayesian", "smoke", 42]
@@ -451,9 +504,16 @@ def test_what_goes_wrong_in_an_encoder_file_is_seen_with_its_line(pearl, tmp_pat
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("env", ["point-robot", "sparse-point-robot", "cheetah-vel"])
-def test_runs_and_resumes_on_a_gpu(call, tmp_path, env):
-    options = ("--env", env, "--budget", "smoke", "--device", "cuda", "--output", tmp_path / "run")
+@pytest.mark.parametrize(
+    ("env", "encoder"),
+    [("point-robot", "mlp"), ("point-robot", "mine.py"), ("sparse-point-robot", "bayesian"), ("cheetah-vel", "mlp")],
+)
+def test_runs_and_resumes_on_a_gpu(call, tmp_path, env, encoder):
+    if encoder == "mine.py":
+        encoder = tmp_path / encoder
+        encoder.write_text(ENCODER.replace("self.fc(input)", "self.fc(input) + torch.zeros(1).to(ptu.device)"))
+    where = ("--device", "cuda", "--output", tmp_path / "run")
+    options = ("--env", env, "--encoder", encoder, "--budget", "smoke", *where)
     printed = call(*options)
     assert call(*options) == printed
 
@@ -489,3 +549,17 @@ def test_the_prior_is_drawn_without_context(make_run):
     empty = TensorDict({"observation": torch.zeros(3, 0, 2), "action": torch.zeros(3, 0, 2)}, [3, 0])
     belief = run.agent.posterior(TensorDict({"context": empty.set("reward", torch.zeros(3, 0, 1))}, [3]))
     assert torch.equal(belief["posterior_scale"], torch.ones(3, 5))
+
+
+@pytest.mark.slow
+def test_who_is_told_the_goal_reaches_it(pearl, tmp_path, monkeypatch):
+    """All but the encoder learns within two of the benchmark's iterations, at an eighth of its rows."""
+    (tmp_path / "goal.py").write_text(GOAL_ENCODER)
+    options = ["--budget", "small", "--encoder", str(tmp_path / "goal.py"), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(sys, "argv", ["pearl.py", *options])
+    budgets = {"point-robot": replace(pearl.BUDGETS["small"]["point-robot"], iterations=2)}
+    monkeypatch.setitem(pearl.BUDGETS, "small", budgets)
+    pearl.main()
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["regret"] < 1.0
+    assert results["meta_test_return"] > -7.0

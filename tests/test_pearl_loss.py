@@ -15,7 +15,7 @@ from plain_pearl import (
     make_loss,
 )
 from tensordict import TensorDict
-from tensordict.nn import TensorDictModule
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch.distributions import Normal
 from torchrl.objectives import SoftUpdate
 
@@ -338,8 +338,20 @@ def test_networks_for_another_latent():
         loss(batch)
 
 
+@pytest.mark.parametrize("wrap", [lambda posterior: posterior, TensorDictSequential])
+def test_what_a_recurrent_encoder_keeps_is_forgotten(wrap):
+    loss, batch = make_loss(encoder="recurrent", width=8), small_batch()
+    loss.posterior = wrap(loss.posterior)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        loss.critic_loss(batch)
+        drawn.append(batch.pop("latent"))
+    assert torch.equal(*drawn)
+
+
 def test_any_module_can_infer_the_belief():
-    """The loss needs no reset, and no context of a certain form."""
+    """The loss needs no context of a certain form."""
 
     def belief(hint):
         return hint, torch.full_like(hint, 0.5)

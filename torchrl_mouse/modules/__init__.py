@@ -5,7 +5,6 @@ from torchrl_mouse.modules.backbone import CausalBackbone
 from torchrl_mouse.modules.context_encoders import (
     CONTEXT_ENCODERS,
     BayesianContextEncoder,
-    TransformerContextEncoder,
     make_context_encoder,
 )
 from torchrl_mouse.modules.context_posterior import ContextPosterior, sample_latent
@@ -49,7 +48,6 @@ __all__ = [
     "SwiGLUHead",
     "TabularQLearner",
     "TokenType",
-    "TransformerContextEncoder",
     "Trunk",
     "VecDQNHead",
     "VectorHead",

@@ -1,4 +1,4 @@
-"""Our context encoders, and all kinds by name."""
+"""Our context encoder, and all kinds by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from torchrl_mouse.functional.gaussians import MIN_VARIANCE
-from torchrl_mouse.modules.checks import check_heads, check_size
+from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.encoder_files import load_encoder
 from torchrl_mouse.modules.pearl_encoders import (
     AttentionContextEncoder,
@@ -19,7 +19,6 @@ from torchrl_mouse.modules.pearl_encoders import (
     MLPContextEncoder,
     RecurrentContextEncoder,
     make_hidden_layers,
-    make_last_layer,
 )
 
 if TYPE_CHECKING:
@@ -31,83 +30,6 @@ _NUM_KNOWN = 256  # beliefs to try out, of the last 16 updates in PEARL
 _NUM_CODES = 2**16  # PEARL's contexts hold 40,000 transitions at a time; what is left of earlier ones is noise.
 _HASH = 0x9E3779B97F4A7C15  # odd, and its powers have bits everywhere: 2^64 by the golden ratio
 _CODE_SCALE = 32.0  # Adam moves a code by a few times its learning rate in an update, 3e-4 in PEARL: too little.
-
-
-class TransformerContextEncoder(ContextEncoder):
-    """Lets a few learned queries read the set of transitions, layer by layer, and makes one Gaussian of them.
-
-    A product of Gaussians grows surer with every transition, as if each were news, so that it is wrong with confidence
-    where they are few or alike. Here the whole set makes one Gaussian, and in training mode each task shows its first
-    ``n`` transitions only, ``n`` drawn uniformly in its logarithm from 1 to ``N``: beliefs are trained for every number
-    of them. (Of independent draws the first are a random subset, of trajectories what an agent has seen at some time.)
-    In evaluation mode all are read.
-
-    The order of the transitions that are read does not matter, and the cost grows linearly with their number (as with
-    the Set Transformer's inducing points, arXiv:1810.00825): transitions meet in the queries, not each other.
-
-    Args:
-        hidden_sizes: as for :class:`ContextEncoder`.
-        input_size: as for :class:`ContextEncoder`.
-        output_size: as for :class:`ContextEncoder`.
-        width: size of a query; a multiple of ``num_heads``.
-        num_layers: number of layers.
-        num_heads: number of attention heads.
-        num_queries: number of queries.
-
-    Raises:
-        TypeError: a size is no integer.
-        ValueError: a size is less than 1, or the width no multiple of ``num_heads``.
-
-    Examples:
-        >>> TransformerContextEncoder([200, 200, 200], 5, 10)(torch.zeros(16, 64, 5)).shape
-        torch.Size([16, 10])
-    """
-
-    def __init__(
-        self,
-        hidden_sizes: Sequence[int],
-        input_size: int,
-        output_size: int,
-        *,
-        width: int = 64,
-        num_layers: int = 2,
-        num_heads: int = 4,
-        num_queries: int = 16,
-    ) -> None:
-        self.save_init_params(locals())
-        super().__init__(hidden_sizes, input_size, output_size)
-        for name, size in (("num_layers", num_layers), ("num_queries", num_queries)):
-            check_size("TransformerContextEncoder", name, size)
-        check_heads("TransformerContextEncoder", width, num_heads)
-        self.hidden_layers = make_hidden_layers(input_size, hidden_sizes)
-        # Normalised, as nothing else keeps what is read in one scale: positions of a cheetah go up to 30.
-        self.embed = nn.Sequential(nn.Linear([input_size, *hidden_sizes][-1], width), nn.LayerNorm(width))
-        self.queries = nn.Parameter(torch.randn(num_queries, width))
-        self.scarcity = nn.Linear(1, width, bias=False)
-        self.layers = nn.ModuleList(
-            nn.TransformerDecoderLayer(
-                width, num_heads, 4 * width, 0.0, functional.gelu, batch_first=True, norm_first=True
-            )
-            for _ in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(width)
-        self.last_fc = make_last_layer(width, output_size)
-
-    def encode(self, context: torch.Tensor) -> torch.Tensor:
-        """Returns ``[tasks, H]``."""
-        tasks, num, _ = context.shape
-        count = context.new_full((tasks, 1), num)
-        hidden_rows = None
-        if self.training:
-            count = torch.exp(torch.rand_like(count) * math.log(num + 1)).floor().clamp_max(num)
-            hidden_rows = torch.arange(num, device=count.device) >= count
-        # Attention averages, it cannot count. The root's inverse is bounded: more than in training is like the most.
-        queries = self.queries + self.scarcity(count.rsqrt()).unsqueeze(1)  # (tasks, Q, width)
-        rows = self.embed(self.hidden_layers(context))  # (tasks, N, width)
-        for layer in self.layers:
-            queries = layer(queries, rows, memory_key_padding_mask=hidden_rows)
-        features: torch.Tensor = self.norm(queries.mean(1))
-        return features
 
 
 class BayesianContextEncoder(ContextEncoder):
@@ -235,7 +157,6 @@ CONTEXT_ENCODERS: dict[str, type[PyTorchModule]] = {
     "mlp": MLPContextEncoder,
     "recurrent": RecurrentContextEncoder,
     "attention": AttentionContextEncoder,
-    "transformer": TransformerContextEncoder,
     "bayesian": BayesianContextEncoder,
 }
 """The kinds of context encoders by name; each is made by ``(hidden_sizes, input_size, output_size)``."""

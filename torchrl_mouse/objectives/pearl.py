@@ -14,6 +14,7 @@ from torchrl.objectives import LossModule
 
 from torchrl_mouse import schema
 from torchrl_mouse.functional import standard_normal_kl
+from torchrl_mouse.modules import ContextPosterior
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,7 +58,7 @@ class PEARLLoss(LossModule):
 
     Args:
         posterior: reads the context and writes location and scale of the belief, ``[tasks, Z]``, as
-            :class:`~torchrl_mouse.modules.ContextPosterior` does. If it has ``reset``, that is called before.
+            :class:`~torchrl_mouse.modules.ContextPosterior` does; one inside it is reset before.
         actor_network: reads ``observation`` and ``latent`` and draws from a ``TanhNormal`` inside [-1, 1].
         qvalue_networks: two networks (or more) that read ``observation``, ``action`` and ``latent``.
         value_network: reads ``observation`` and ``latent``; its target moves by ``SoftUpdate``.
@@ -168,8 +169,9 @@ class PEARLLoss(LossModule):
         """
         keys = self.tensor_keys
         num_tasks = len(schema.require(tensordict, keys.observation))
-        if hasattr(self.posterior, "reset"):
-            self.posterior.reset(num_tasks)
+        for module in self.posterior.modules():  # It may be one of a sequence.
+            if isinstance(module, ContextPosterior):
+                module.reset(num_tasks)
         belief = self.posterior(tensordict.select(*self.posterior.in_keys))
         loc, scale = schema.require(belief, keys.posterior_loc), schema.require(belief, keys.posterior_scale)
         self._check_finite(keys.posterior_loc, loc, "the context or the learning rate")
@@ -194,7 +196,11 @@ class PEARLLoss(LossModule):
         return TensorDict(losses)
 
     def actor_loss(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Computes ``loss_value`` and ``loss_actor`` with the latents that :meth:`critic_loss` has written."""
+        """Computes ``loss_value`` and ``loss_actor`` with the latents that :meth:`critic_loss` has written.
+
+        Raises:
+            KeyError: an entry is missing.
+        """
         keys = self.tensor_keys
         steps = self._frames(tensordict, schema.require(tensordict, keys.latent).detach())
         with self.actor_network_params.to_module(self.actor_network, preserve_module_state=False):
