@@ -28,7 +28,8 @@ class ContextPosterior(TensorDictModuleBase):
     encoder that gives one Gaussian for each task has the last word. Without transitions the belief is the prior
     N(0, 1). A latent variable is drawn from the belief by :func:`sample_latent`.
 
-    What an encoder keeps between calls stays until :meth:`reset`.
+    What an encoder keeps between calls stays until :meth:`reset`. One may be random itself, as
+    :class:`~torchrl_mouse.modules.BayesianContextEncoder` is where no reward has been met.
 
     Args:
         encoder: maps ``[tasks, N, input_size]`` to ``[tasks, N, 2 Z]`` or ``[tasks, 2 Z]``, with ``2 Z`` its attribute
@@ -118,7 +119,9 @@ class ContextPosterior(TensorDictModuleBase):
 
 
 def sample_latent() -> ProbabilisticTensorDictModule:
-    """Makes what draws ``latent`` from the belief that a :class:`ContextPosterior` has written.
+    """Makes what draws ``latent`` ``[*tasks, Z]`` from the belief that a :class:`ContextPosterior` has written.
+
+    Without chance (deterministic exploration) it is the belief's mean.
 
     Examples:
         >>> sample_latent().in_keys

@@ -125,7 +125,10 @@ def latent_actor(
 def latent_qvalue(
     observation_dim: int, action_dim: int, latent_dim: int, *, hidden_sizes: Sequence[int] = HIDDEN_SIZES
 ) -> ValueOperator:
-    """Makes the network of ``Q(s, a, z)``, which writes ``state_action_value`` ``[*, 1]``; see :func:`latent_actor`.
+    """Makes the network of ``Q(s, a, z)``, which writes ``state_action_value`` ``[*, 1]``.
+
+    It reads ``observation`` ``[*, observation_dim]``, ``action`` ``[*, action_dim]`` and ``latent`` ``[*, latent_dim]``.
+    Arguments and errors are those of :func:`latent_actor`.
 
     Examples:
         >>> latent_qvalue(2, 3, 5, hidden_sizes=(8,)).in_keys
@@ -137,7 +140,10 @@ def latent_qvalue(
 
 
 def latent_value(observation_dim: int, latent_dim: int, *, hidden_sizes: Sequence[int] = HIDDEN_SIZES) -> ValueOperator:
-    """Makes the network of ``V(s, z)``, which writes ``state_value`` ``[*, 1]``; see :func:`latent_actor`.
+    """Makes the network of ``V(s, z)``, which writes ``state_value`` ``[*, 1]``.
+
+    It reads ``observation`` ``[*, observation_dim]`` and ``latent`` ``[*, latent_dim]``. Arguments and errors are those
+    of :func:`latent_actor`.
 
     Examples:
         >>> latent_value(2, 5, hidden_sizes=(8,)).out_keys

@@ -29,6 +29,17 @@ class ContextEncoder(PyTorchModule):
     Raises:
         TypeError: a size is no integer.
         ValueError: a size is less than 1.
+
+    Examples:
+        >>> class MeanContextEncoder(ContextEncoder):
+        ...     def __init__(self, hidden_sizes, input_size, output_size):
+        ...         super().__init__(hidden_sizes, input_size, output_size)
+        ...         self.last_fc = nn.Linear(input_size, output_size)
+        ...
+        ...     def encode(self, context):
+        ...         return context.mean(1)
+        >>> MeanContextEncoder([], 5, 10)(torch.zeros(16, 64, 5)).shape
+        torch.Size([16, 10])
     """
 
     last_fc: nn.Linear
