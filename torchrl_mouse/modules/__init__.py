@@ -2,11 +2,7 @@
 
 from torchrl_mouse.modules.actors import StickyActions, categorical_policy, gaussian_policy, make_actor
 from torchrl_mouse.modules.backbone import CausalBackbone
-from torchrl_mouse.modules.context_encoders import (
-    CONTEXT_ENCODERS,
-    BayesianContextEncoder,
-    make_context_encoder,
-)
+from torchrl_mouse.modules.context_encoders import CONTEXT_ENCODERS, BayesianContextEncoder, make_context_encoder
 from torchrl_mouse.modules.context_posterior import ContextPosterior, sample_latent
 from torchrl_mouse.modules.embedding import StepEmbedder, TokenType
 from torchrl_mouse.modules.encoder_files import PyTorchModule, fanin_init

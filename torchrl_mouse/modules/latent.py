@@ -127,8 +127,8 @@ def latent_qvalue(
 ) -> ValueOperator:
     """Makes the network of ``Q(s, a, z)``, which writes ``state_action_value`` ``[*, 1]``.
 
-    It reads ``observation`` ``[*, observation_dim]``, ``action`` ``[*, action_dim]`` and ``latent`` ``[*, latent_dim]``.
-    Arguments and errors are those of :func:`latent_actor`.
+    It reads ``observation`` ``[*, observation_dim]``, ``action`` ``[*, action_dim]`` and ``latent``
+    ``[*, latent_dim]``. Arguments and errors are those of :func:`latent_actor`.
 
     Examples:
         >>> latent_qvalue(2, 3, 5, hidden_sizes=(8,)).in_keys
