@@ -14,7 +14,6 @@ from torchrl.objectives import LossModule
 
 from torchrl_mouse import schema
 from torchrl_mouse.functional import standard_normal_kl
-from torchrl_mouse.modules import ContextPosterior
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +57,7 @@ class PEARLLoss(LossModule):
 
     Args:
         posterior: reads the context and writes location and scale of the belief, ``[tasks, Z]``, as
-            :class:`~torchrl_mouse.modules.ContextPosterior` does; one inside it is reset before.
+            :class:`~torchrl_mouse.modules.ContextPosterior` does; modules in it that have ``reset`` are reset before.
         actor_network: reads ``observation`` and ``latent`` and draws from a ``TanhNormal`` inside [-1, 1].
         qvalue_networks: two networks (or more) that read ``observation``, ``action`` and ``latent``.
         value_network: reads ``observation`` and ``latent``; its target moves by ``SoftUpdate``.
@@ -169,8 +168,8 @@ class PEARLLoss(LossModule):
         """
         keys = self.tensor_keys
         num_tasks = len(schema.require(tensordict, keys.observation))
-        for module in self.posterior.modules():  # It may be one of a sequence.
-            if isinstance(module, ContextPosterior):
+        for module in self.posterior.modules():  # What has a state may be one of a sequence.
+            if hasattr(module, "reset"):
                 module.reset(num_tasks)
         belief = self.posterior(tensordict.select(*self.posterior.in_keys))
         loc, scale = schema.require(belief, keys.posterior_loc), schema.require(belief, keys.posterior_scale)
