@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +41,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 from tqdm import tqdm
 
+from torchrl_mouse.data.saving import replacing
 from torchrl_mouse.modules import (
     CONTEXT_ENCODERS,
     ContextPosterior,
@@ -335,9 +335,8 @@ class Run:
         state = {name: getattr(self, name).state_dict() for name in ("experience", "optimizer")}
         state |= {"loss": self.agent.loss.state_dict(), "history": self.history, "random": torch.get_rng_state()}
         state["cuda_random"] = torch.cuda.get_rng_state_all()  # of no devices where there is none
-        part = self.file.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, self.file)
+        with replacing(self.file) as partial:
+            torch.save(state, partial)
 
     def load(self) -> None:
         """Goes on from the checkpoint."""

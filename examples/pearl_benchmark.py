@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
+from torchrl_mouse.data.saving import replace_json
 from torchrl_mouse.envs import (
     HalfCheetahVelEnv,
     PointRobotEnv,
@@ -255,8 +255,7 @@ def save(options: dict[str, Any], history: list[dict[str, float]], directory: Pa
     if "regret" in history[-1]:
         regrets = [entry["regret"] for entry in history[-5:]]
         results["regret"], results["mean_regret_of_last_5"] = history[-1]["regret"], sum(regrets) / len(regrets)
-    text = json.dumps({**options, **results, "iterations": history}, indent=2)
-    (directory / "results.json").write_text(text, encoding="utf-8")
+    replace_json(directory / "results.json", {**options, **results, "iterations": history})
     mpl.use("Agg")
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     iterations = range(1, len(history) + 1)

@@ -356,6 +356,20 @@ def test_sticky_actions_rest_at_first_frames_and_without_exploration():
     assert sticky(frames(200, action, previous))["action"].any()
 
 
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_sticky_actions_repeat_only_what_is_allowed(one_hot):
+    torch.manual_seed(0)
+    action, previous = torch.zeros(400, dtype=torch.int64), torch.ones(400, dtype=torch.int64)
+    if one_hot:
+        action, previous = (torch.nn.functional.one_hot(ids, 3) for ids in (action, previous))
+    steps = frames(400, action, previous)
+    steps["allowed"] = (torch.arange(400) < 200).unsqueeze(-1) | torch.tensor([True, False, True])
+    chosen = StickyActions(0.5, action_mask_key="allowed")(steps)["action"]
+    repeated = (chosen == previous).reshape(400, -1).all(-1)
+    assert repeated[:200].any()
+    assert not repeated[200:].any()
+
+
 @pytest.mark.parametrize("probability", [-0.1, 1.0, float("nan")])
 def test_sticky_probability_out_of_range(probability):
     with pytest.raises(ValueError, match=r"StickyActions: probability must lie in \[0, 1\)"):

@@ -126,6 +126,14 @@ def test_published_figures(variant, oracle, chance, tolerance):
     assert returns(env, env.rand_action, max_steps) == pytest.approx(chance, abs=tolerance)
 
 
+def test_random_actions_of_the_same_seed_do_not_tell_the_goals():
+    torch.manual_seed(0)
+    env = DarkRoomEnv(range(80), batch_size=1000, seed=0)
+    env.reset()
+    same = (env.rand_action()["action"] == env.goal % 5).float().mean().item()
+    assert same == pytest.approx(1 / 5, abs=0.08)
+
+
 def test_split_goals():
     train, held_out = split_goals(70)
     assert torch.cat([train, held_out]).sort().values.tolist() == list(range(81))

@@ -13,6 +13,7 @@ from torchrl.envs import ExplorationType
 from torchrl.envs.utils import exploration_type
 from torchrl.modules import set_recurrent_mode
 
+from torchrl_mouse import evaluation
 from torchrl_mouse.envs import DarkRoomEnv, TaskEnv, oracle_policy
 from torchrl_mouse.evaluation import EpisodeReturns, Run, evaluate, nauc, plot_curves, save_results, summarize
 from torchrl_mouse.models import MouseConfig, MouseModel
@@ -229,6 +230,24 @@ def test_results_are_plotted_beside_other_runs(monkeypatch, tmp_path):
 
 def test_a_folder_without_returns(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"must hold the results of a run, got no returns.safetensors in it"):
+        Run.load(tmp_path)
+
+
+def test_damaged_returns_and_what_a_failed_save_leaves(tmp_path, monkeypatch):
+    run = Run("mine", {"held out": {"agent": torch.ones(2, 20)}})
+    run.save(tmp_path)
+
+    def fail(returns, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(evaluation, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run.save(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["returns.safetensors"]
+    assert Run.load(tmp_path).label == "mine"
+    (tmp_path / "returns.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"Run.load: .*returns.safetensors must be readable, got: "):
         Run.load(tmp_path)
 
 

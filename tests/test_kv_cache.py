@@ -406,5 +406,15 @@ def test_copies_that_cannot_be_made(make_trunk, random_steps):
         trunk.copy_context(torch.tensor([1]), torch.tensor([1, 2]))
     cache = make_cache(max_streams=1)
     cache.locate([11], [True])
-    with pytest.raises(ValueError, match="max_streams must be at least 2 to copy, got 1"):
-        cache.copy(11, 12)
+    with pytest.raises(ValueError, match="sources and targets must be at most max_streams=1 streams, got 2"):
+        cache.copy([11], [12])
+
+
+def test_copies_evict_no_source_and_may_swap():
+    cache = make_cache(max_streams=4)
+    cache.locate([2, 1, 3, 4], [True] * 4)
+    cache.length[:] = torch.tensor([20, 10, 30, 40])
+    cache.copy([1, 2], [11, 12])  # 2 was used least recently
+    assert cache.length[cache.locate([1, 2, 11, 12], [False] * 4)].tolist() == [10, 20, 10, 20]
+    cache.copy([1, 2], [2, 1])
+    assert cache.length[cache.locate([1, 2], [False] * 2)].tolist() == [20, 10]

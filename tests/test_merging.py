@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torchrl_mouse.data import DatasetStore, rows
 from torchrl_mouse.data.images import IMAGE
 from torchrl_mouse.data.merging import encode_hf_rows, merge_stores_to_dataset
+from torchrl_mouse.schema import from_mouse_records, to_mouse_records
 
 ACTIONS, CONTINUOUS, IDS = 6, 4, 7
 OPTIONAL = ("observation", "observation_discrete", "xformed_reward", "metadata_q_star")
@@ -136,6 +137,15 @@ def test_encoding_what_a_data_set_gives():
     one, listed = ({"observation_discrete": ids} for ids in ([3, 1], [[3], [1]]))
     assert torch.equal(encode_hf_rows(store, one)["obs_discrete"], encode_hf_rows(store, listed)["obs_discrete"])
     assert set(encode_hf_rows(store, {"action": [1], "xformed_reward": [None], "text": ["a"]}).keys()) == {"action"}
+
+
+def test_encoded_masks_are_masks_of_steps_and_back():
+    rows = {"action": [0, 3], "reward": [0.0, 1.0], "done": [0, 1], "episode_step": [0, 1]}
+    encoded = encode_hf_rows(DatasetStore(4), {**rows, "action_mask": [[True, False], [True] * 4]})
+    steps = from_mouse_records(encoded)
+    assert steps["action_mask"].tolist() == [[True, False, False, False], [True] * 4]
+    assert steps["next", "action_mask"][0].all()
+    assert torch.equal(to_mouse_records(steps)["action_mask"], encoded["action_mask"])
 
 
 @pytest.mark.parametrize(

@@ -264,7 +264,7 @@ def test_unknown_option_of_a_part(part):
 def test_unknown_option_and_family_of_the_backbone():
     for options, error, match in (
         ({"no_such_option": 1}, TypeError, "unknown option 'no_such_option'"),
-        ({"kind": "gpt2"}, ValueError, "kind must be one of llama, qwen3, got 'gpt2'"),
+        ({"kind": "gpt2"}, ValueError, "backbone_kwargs: kind must be one of llama, qwen3, gru, got 'gpt2'"),
     ):
         with pytest.raises(error, match=match):
             make_model(backbone_kwargs={**TINY["backbone_kwargs"], **options})
@@ -606,6 +606,14 @@ def test_a_file_without_a_window_gets_one_that_fits(tmp_path):
     del values["window"]
     (tmp_path / "config.json").write_text(json.dumps(values))
     assert MouseModel.from_pretrained(tmp_path).config.window == 12
+    for kind in ("gpt2", ["llama"]):
+        values["backbone_kwargs"]["kind"] = kind
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match="backbone_kwargs: kind must be one of llama, qwen3, gru, got"):
+            MouseModel.from_pretrained(tmp_path)
+    values["backbone_kwargs"]["kind"] = None
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert MouseModel.from_pretrained(tmp_path).config == dataclasses.replace(model.config, window=12)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torchrl.data import LazyTensorStorage, SamplerWithoutReplacement, TensorDic
 from torchrl.objectives import SoftUpdate
 from torchrl.record.loggers import Logger
 
+from torchrl_mouse.data import AugmentScalarSpec, AugmentTokensConfig, TokenAugmenter
 from torchrl_mouse.data.offline import OfflineSource
 from torchrl_mouse.models import MouseConfig, MouseModel
 from torchrl_mouse.objectives import CombinedLoss, MouseDQNLoss, SupervisedPolicyLoss
@@ -345,6 +347,24 @@ def test_source_restores_its_draws():
     for batch in expected[0]:
         assert (other.sample(TensorDict()) == batch).all()
     assert torch.equal(torch.rand(2), expected[1])
+
+
+def test_source_restores_what_transforms_draw():
+    def make_source():
+        buffer = make_buffer()
+        augment = AugmentTokensConfig(scale_reward=AugmentScalarSpec(1.0, 0.5))
+        buffer.append_transform(TokenAugmenter(augment, 0, 0, "cpu", torch.Generator().manual_seed(1)))
+        return OfflineSource(buffer)
+
+    source = make_source()
+    source.sample(TensorDict())
+    state = source.state_dict()
+    expected = [source.sample(TensorDict()) for _ in range(3)], random.random()
+    other = make_source()
+    other.load_state_dict(state)
+    for batch in expected[0]:
+        assert (other.sample(TensorDict()) == batch).all()
+    assert random.random() == expected[1]
 
 
 def test_restart_deletes_runs_only(tmp_path):

@@ -223,6 +223,12 @@ def test_a_batch_as_long_as_the_number_of_ids_is_not_one_hot():
     assert to_ids(torch.tensor([3, 2, 1, 0]), 4, 1, "action").tolist() == [3, 2, 1, 0]
 
 
+@pytest.mark.parametrize("vector", [[1.0, 1.0, 0.0], [0.0, 0.5, 0.5], [0.0, 2.0, 0.0], [-1.0, 0, 0], [0, torch.nan, 0]])
+def test_vectors_that_are_not_one_hot(vector):
+    with pytest.raises(ValueError, match=r"entry 'action' must hold ids or one-hot vectors, got \["):
+        to_ids(torch.tensor([[0.0, 1.0, 0.0], vector]), 3, 1, "action")
+
+
 def test_all_zero_one_hot_is_id_zero():
     assert to_ids(torch.zeros(2, 3), 3, 1, "action").tolist() == [0, 0]
 

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 import pickle
 
 import datasets
@@ -364,6 +365,14 @@ class TestDatasets:
         store = make_store(max_action_dim=9).from_dataset(dataset)
         assert store.to_dataset().features["metadata_q_star"].length == 2
         assert_equal(make_store(max_action_dim=9).from_dataset(store.to_dataset())[:], store[:])
+
+    def test_round_trip_of_empty_teacher_values(self):
+        columns = make_columns([3])
+        del columns["metadata_q_star"]
+        features = datasets.Features({"metadata_q_star": datasets.List(datasets.Value("float32"))})
+        teacher = datasets.Dataset.from_dict({"metadata_q_star": [[], [], []]}, features)
+        store = make_store().from_dataset(datasets.concatenate_datasets([make_dataset(columns), teacher], axis=1))
+        assert store.to_dataset()["metadata_q_star"][:] == [[-math.inf]] * 3
 
     def test_memory_mapped_and_picklable(self, tmp_path):
         make_dataset(make_columns([4, 9])).save_to_disk(tmp_path / "rows")

@@ -11,6 +11,7 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_mouse.data import DatasetStore
 from torchrl_mouse.data.columns import Columns
+from torchrl_mouse.envs import PointRobotEnv, TaskEnv, point_robot_goals
 
 
 def bad(name, value, row=2):
@@ -135,6 +136,11 @@ class TestErrors:
         with pytest.raises(KeyError, match="got a difference in xformed_reward"):
             store.from_dataset(make_dataset(make_columns([3])).remove_columns("xformed_reward"))
         assert len(store) == 3
+
+    def test_continuous_actions(self):
+        env = TaskEnv(PointRobotEnv(point_robot_goals(3)), episodes_per_task=2)
+        with pytest.raises(ValueError, match=r"'action'\) must hold ids or one-hot vectors, got \[-?0"):
+            make_store().extend(env.rollout(3))
 
     def test_unread_observation(self):
         batch, _ = collect([3], rows=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from torchrl_mouse.modules.backbone import MAX_SIZE, CausalBackbone, default_kind
+from torchrl_mouse.modules.backbone import FAMILIES, MAX_SIZE, CausalBackbone, default_kind
 from torchrl_mouse.modules.checks import check_options, check_size
 from torchrl_mouse.modules.embedding import StepEmbedder
 from torchrl_mouse.modules.heads import DQNHead, GaussianHead, SwiGLUHead, VecDQNHead
@@ -93,6 +93,11 @@ class MouseConfig:
                     f"{name}_head_kwargs", kwargs, HEADS[name], SwiGLUHead, given=_OF_HEADS, complete=not absent
                 )
         self._normalize()
+        if self.backbone_kwargs is not None and self.backbone_kwargs["kind"] not in (*FAMILIES, "gru"):
+            raise ValueError(
+                f"backbone_kwargs: kind must be one of {', '.join((*FAMILIES, 'gru'))}, got "
+                f"{self.backbone_kwargs['kind']!r}. Choose one."
+            )
         check_options("embedding_kwargs", self.embedding_kwargs, StepEmbedder)
         if (backbone := self.backbone_class) is not None:
             check_options("backbone_kwargs", self.backbone_kwargs or {}, backbone, given=("hidden_dim",))
@@ -116,9 +121,9 @@ class MouseConfig:
             put("embedding_kwargs", {name: v for name, v in self.embedding_kwargs.items() if name not in dropped})
         if not self.backbone_kwargs:
             put("backbone_kwargs", None)
-        elif "kind" not in self.backbone_kwargs:
+        elif self.backbone_kwargs.get("kind") is None:
             kind = default_kind(self.backbone_kwargs.get("head_dim"))
-            put("backbone_kwargs", {"kind": kind, **self.backbone_kwargs})
+            put("backbone_kwargs", {**self.backbone_kwargs, "kind": kind})
         for name in HEADS:
             if (getattr(self, f"{name}_head_kwargs") or {}).get("num_layers") == 0:
                 put(f"{name}_head_kwargs", None)
@@ -131,7 +136,7 @@ class MouseConfig:
         """What takes the options of the backbone; ``None`` where there is none."""
         if self.backbone_kwargs is None:
             return None
-        return GRUBackbone if self.backbone_kwargs["kind"] == "gru" else CausalBackbone  # which refuses other kinds
+        return GRUBackbone if self.backbone_kwargs["kind"] == "gru" else CausalBackbone
 
     @property
     def heads(self) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torchrl.collectors import Collector
@@ -17,6 +17,7 @@ from torchrl.modules import set_recurrent_mode
 from tqdm.auto import tqdm
 
 from torchrl_mouse import schema
+from torchrl_mouse.data.saving import replace_json, replacing
 from torchrl_mouse.modules.trunk import Trunk
 
 if TYPE_CHECKING:
@@ -221,7 +222,8 @@ class Run:
             for panel, curves in self.panels.items()
             for agent, values in curves.items()
         }
-        save_file(returns, Path(directory, _RETURNS), {"label": self.label})
+        with replacing(Path(directory, _RETURNS)) as partial:
+            save_file(returns, partial, {"label": self.label})
 
     @classmethod
     def load(cls, directory: str | Path) -> Self:
@@ -229,6 +231,7 @@ class Run:
 
         Raises:
             FileNotFoundError: the folder holds no returns.
+            ValueError: the file cannot be read.
         """
         file = Path(directory, _RETURNS)
         if not file.exists():
@@ -236,11 +239,14 @@ class Run:
                 f"Run.load: {directory} must hold the results of a run, got no {file.name} in it. Let that run finish."
             )
         panels: dict[str, dict[str, torch.Tensor]] = {}
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it cannot be iterated over
-                panel, agent = json.loads(name)
-                panels.setdefault(panel, {})[agent] = opened.get_tensor(name)
-            return cls(opened.metadata()["label"], panels)
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - it cannot be iterated over
+                    panel, agent = json.loads(name)
+                    panels.setdefault(panel, {})[agent] = opened.get_tensor(name)
+                return cls(opened.metadata()["label"], panels)
+        except SafetensorError as error:
+            raise ValueError(f"Run.load: {file} must be readable, got: {error}. Let that run finish again.") from error
 
 
 def plot_curves(
@@ -284,7 +290,7 @@ def plot_curves(
             lines += [(f"{agent}, {run.label}", "--", values) for agent, values in run.panels.get(name, {}).items()]
         for label, style, returns in lines:
             mean = returns.mean(0)
-            error = returns.std(0, correction=0) / len(returns) ** 0.5
+            error = returns.std(0, correction=min(1, len(returns) - 1)) / len(returns) ** 0.5
             episode = torch.arange(1, len(mean) + 1)
             (line,) = axis.plot(episode, mean, label=label, linewidth=1.5, linestyle=style)
             axis.fill_between(episode, mean - error, mean + error, color=line.get_color(), alpha=0.2, linewidth=0)
@@ -331,7 +337,7 @@ def save_results(
     directory.mkdir(parents=True, exist_ok=True)
     results = {name: summarize(values, expert) for name, values in returns.items()}
     plot_curves({tasks: returns}, directory / "curves.png", others=others, title=title)
-    (directory / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
+    replace_json(directory / "results.json", results)
     lines = [f"{tasks:<26}{'NAUC':>8}{'first 10':>10}{'last 10':>10}"]
     for name, result in results.items():
         numbers = (result["nauc"], result["first_10_episodes"], result["last_10_episodes"])

@@ -367,7 +367,7 @@ def online_trainer(
         clip_norm=clip_norm,
         progress_bar=progress_bar,
         seed=seed,
-        save_trainer_interval=checkpoint_interval,
+        save_trainer_interval=checkpoint_interval - 1,
         log_interval=1,
         learner_backend=learner_backend,
         learner_backend_options=learner_backend_options,

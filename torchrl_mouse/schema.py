@@ -56,6 +56,7 @@ _RECORD_ENTRIES = {
     "obs_continuous": OBSERVATION,
     "obs_discrete": OBSERVATION_DISCRETE,
     "obs_image": PIXELS,
+    "action_mask": ACTION_MASK,
     "xformed_reward": PREVIOUS_XFORMED_REWARD,
 }
 
@@ -213,7 +214,7 @@ def to_ids(value: torch.Tensor, num: int, batch_ndim: int, key: NestedKey) -> to
     episode's first frame) reads as id 0, which is how MOUSE stores it.
 
     Args:
-        value: ``[*]`` or ``[*, 1]`` integer ids, or ``[*, num]`` one-hot of any dtype.
+        value: ``[*]`` or ``[*, 1]`` integer ids, or ``[*, num]`` one-hot or all zero, of any dtype.
         num: number of ids, at least 1.
         batch_ndim: number of leading batch dimensions ``*``.
         key: the entry's key, for the error.
@@ -222,7 +223,7 @@ def to_ids(value: torch.Tensor, num: int, batch_ndim: int, key: NestedKey) -> to
         int64 ``[*]``.
 
     Raises:
-        ValueError: the trailing shape is none of the three.
+        ValueError: the trailing shape is none of the three, or a vector is not one-hot (checked on the CPU alone).
         TypeError: ids that are not integers.
 
     Examples:
@@ -233,6 +234,13 @@ def to_ids(value: torch.Tensor, num: int, batch_ndim: int, key: NestedKey) -> to
     """
     trailing = tuple(value.shape[batch_ndim:])
     if trailing == (num,) and num > 1:
+        if can_look_at(value):
+            wrong = (value.count_nonzero(-1) > 1) | (value.sum(-1) != value.any(-1))
+            if wrong.any():
+                raise ValueError(
+                    f"steps: entry {key!r} must hold ids or one-hot vectors, got {value[wrong][0].tolist()}. Encode "
+                    "the space as one of these."
+                )
         return value.to(torch.int8).argmax(-1) if value.dtype == torch.bool else value.argmax(-1)
     if trailing not in ((), (1,)):
         raise ValueError(
@@ -292,8 +300,8 @@ def from_mouse_records(records: TensorDictBase) -> TensorDict:
 
     Args:
         records: ``[B, S]`` with ``action`` int64, ``reward`` float32, ``done`` int64 in {0, 1, 2} and ``time`` int64,
-            and any of ``obs_continuous`` ``[B, S, C]``, ``obs_discrete``, ``obs_image`` ``[B, S, P]``, ``q_star``
-            ``[B, S, A]``, ``xformed_reward``.
+            and any of ``obs_continuous`` ``[B, S, C]``, ``obs_discrete``, ``obs_image`` ``[B, S, P]``, ``q_star`` and
+            ``action_mask`` ``[B, S, A]``, ``xformed_reward``.
 
     Returns:
         Steps ``[B, S]``; index 0 is marked as the task's first step.

@@ -107,12 +107,17 @@ class Columns:
         self.check_read(tuple(given), where)
         return {name: one_row(name, given[name], where, row) for name in self.readable if name in given}
 
+    def row_width(self, names: Iterable[str]) -> int:
+        """The number of values that a row's lists are read as, also where those on disk are shorter."""
+        return sum(self.widths[name] for name in PADDING.keys() & names)
+
     def features(self, names: Iterable[str], blocks: Sequence[Any]) -> datasets.Features:
         """The types on disk, with the task column; lists as long as the blocks' longest, at most the store's."""
         features = {name: datasets.Value(str(DTYPES[name]).removeprefix("torch.")) for name in names}
         for name in PADDING.keys() & features:
             width = max(block.width(name) for block in blocks if name in block.names)
-            features[name] = datasets.List(features[name], length=min(width, self.widths[name]))
+            # Parquet has no lists of length 0; one element of padding reads the same.
+            features[name] = datasets.List(features[name], length=max(min(width, self.widths[name]), 1))
         return datasets.Features({**features, TASK: datasets.Value("int64")})
 
     def check_read(self, names: Sequence[str], where: str) -> None:

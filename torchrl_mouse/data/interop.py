@@ -225,7 +225,9 @@ def record_vector_env(
     if num_steps < 1:
         raise ValueError(f"{where}: num_steps must be at least 1, got {num_steps}.")
     mode = AutoresetMode(envs.metadata.get("autoreset_mode", AutoresetMode.NEXT_STEP))
-    generator, zero = np.random.default_rng(seed), np.zeros(envs.num_envs, dtype=np.int64)
+    # Not the plain seed: the first environment draws from that.
+    generator = np.random.default_rng(None if seed is None else (seed, 1))
+    zero = np.zeros(envs.num_envs, dtype=np.int64)
     frames: list[dict[str, np.ndarray]] = []
 
     def add(observation: Any, present: np.ndarray, action: Any = zero, reward: Any = zero, done: Any = zero) -> None:

@@ -132,8 +132,7 @@ def align(parts: Iterable[datasets.Features]) -> datasets.Features:
     for features in parts:
         for name, feature in features.items():
             if name in PADDING and isinstance(feature, datasets.List):
-                # Parquet has no lists of length 0; one element of padding reads the same.
-                width = max(feature.length, getattr(aligned.get(name), "length", 1), 1)
+                width = max(feature.length, getattr(aligned.get(name), "length", 1))
                 aligned[name] = datasets.List(feature.feature, length=width)
             else:
                 aligned.setdefault(name, feature)
@@ -147,8 +146,7 @@ def read_batches(stores: Sequence[DatasetStore], features: datasets.Features) ->
     filled = datasets.Features({name: feature for name, feature in features.items() if name in names | {TASK}})
     first_task = 0
     for store in stores:
-        # What is read is as wide as the store says, also where the lists on disk are shorter.
-        for rows in pieces(len(store), sum(store._columns.widths[name] for name in PADDING.keys() & names)):
+        for rows in pieces(len(store), store._columns.row_width(names)):
             records = store._read(rows, names)
             for name in PADDING.keys() & names:
                 value = records[name] if name in records else torch.empty(len(rows), 0)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torchrl.checkpoint import GlobalRNGState
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +36,6 @@ class OfflineSource:
     """
 
     init_random_frames = 0
-    requested_frames_per_batch = 1
 
     def __init__(self, replay_buffer: ReplayBuffer, *, device: torch.device | None = None) -> None:
         self.replay_buffer = replay_buffer
@@ -62,15 +62,17 @@ class OfflineSource:
         """Does nothing: there is no environment to close."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the states of the sampler and of the random generators."""
+        """Returns the states of the sampler, of the buffer's transforms and of the random generators."""
         return {
             "sampler": self.replay_buffer.sampler.state_dict(),
+            "transforms": self.replay_buffer.transform.state_dict(),
             "sampling_rng": self._generator.get_state(),
-            "torch_rng": torch.get_rng_state(),
+            "global_rng": GlobalRNGState().state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         self.replay_buffer.sampler.load_state_dict(state["sampler"])
+        self.replay_buffer.transform.load_state_dict(state["transforms"])
         self._generator.set_state(state["sampling_rng"])
-        torch.set_rng_state(state["torch_rng"])
+        GlobalRNGState().load_state_dict(state["global_rng"])

@@ -256,7 +256,7 @@ def load_rows(
         block.check_images(columns)
     starts, previous = [], None
     checked = [name for name in names if name not in UNCHECKED]
-    for rows in pieces(len(block)):
+    for rows in pieces(len(block), columns.row_width(checked)):
         low = int(rows[0])
         values = read_columns(block, columns, rows.unsqueeze(0), dict.fromkeys(checked, OWN))
         columns.check_values(values, where, low)

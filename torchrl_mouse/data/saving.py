@@ -12,7 +12,7 @@ import torch
 from torchrl.data.replay_buffers.checkpointers import StorageCheckpointerBase
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torchrl.data.replay_buffers.storages import Storage
 
@@ -35,17 +35,12 @@ class StoreCheckpointer(StorageCheckpointerBase):
             OSError: it cannot be written; what was there before stays.
         """
         target = Path(path) / "store.pt"
-        partial = target.with_suffix(".partial")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with replacing(target) as partial, partial.open("wb") as file:
                 torch.save(storage.state_dict(), file)
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(target)
         except (OSError, RuntimeError) as error:  # torch's writer says RuntimeError
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
             raise OSError(
                 f"DatasetStore.dumps: {target} must be writable, got {error}. An earlier dump there is as it was: make "
                 "room, or choose another folder, and dump again."
@@ -71,20 +66,41 @@ class StoreCheckpointer(StorageCheckpointerBase):
         storage.load_state_dict(state)
 
 
+@contextlib.contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Gives a path to write to, of what then takes a file's place; a full disk or a kill leaves the earlier one.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder, "notes.txt")) as partial:
+        ...         _ = partial.write_text("all of it")
+        ...     Path(folder, "notes.txt").read_text()
+        'all of it'
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    try:
+        yield partial
+        partial.replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def replace_json(file: Path, state: Mapping[str, Any]) -> None:
-    """Writes a file whole or not at all: a full disk or a kill leaves the earlier one.
+    """Writes a file whole or not at all.
 
     Examples:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     replace_json(Path(folder, "state.json"), {"position": 3})
-        ...     Path(folder, "state.json").read_text()
-        '{"position": 3}'
+        ...     json.loads(Path(folder, "state.json").read_text())
+        {'position': 3}
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(state))
-    partial.replace(file)
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(state, indent=2), encoding="utf-8")
 
 
 def check_datasets(saved: Sequence[dict[str, Any]], loaded: Sequence[dict[str, Any]]) -> None:

@@ -385,10 +385,10 @@ class DatasetStore(Storage):
             ['action', 'reward', 'done', 'episode_step', 'task']
         """
         length = self._require_rows("written")
-        features = self._columns.features(self._names, self._blocks)
+        features, names = self._columns.features(self._names, self._blocks), set(self._names)
         batches = []
-        for rows in pieces(length, sum(feature.length for feature in features.values() if hasattr(feature, "length"))):
-            records = self._read(rows, set(self._names))
+        for rows in pieces(length, self._columns.row_width(names)):
+            records = self._read(rows, names)
             task = torch.searchsorted(self.task_starts, rows, right=True) - 1
             batches.append(to_arrow({**records, "task": task}, features))
         table = datasets.table.InMemoryTable(pa.Table.from_batches(batches))

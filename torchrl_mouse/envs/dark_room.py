@@ -211,8 +211,8 @@ class DarkRoomEnv(EnvBase):
     def _set_seed(self, seed: int | None) -> None:
         if seed is None:
             self._generator.seed()
-        else:
-            self._generator.manual_seed(seed)
+        else:  # not the plain seed: callers give that to torch too, whose random actions would then tell the goals
+            self._generator.manual_seed(seed ^ 0x9E3779B9)
         self._goal = self._goals if self._fixed else self._draw_goals()
 
 

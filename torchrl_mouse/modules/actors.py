@@ -24,7 +24,7 @@ from torchrl.modules import IndependentNormal, OneHotCategorical, ProbabilisticA
 from torchrl_mouse.functional import vec_dqn_scores
 from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.heads import DQNHead, GaussianHead, MultiDiscountHead, SwiGLUHead, VecDQNHead, VectorHead
-from torchrl_mouse.schema import ACTION, EPISODE_STEP, PREVIOUS_ACTION, require
+from torchrl_mouse.schema import ACTION, EPISODE_STEP, PREVIOUS_ACTION, require, to_ids
 
 if TYPE_CHECKING:
     from tensordict import TensorDictBase
@@ -111,9 +111,7 @@ class StickyActions(TensorDictModuleBase):
 
     Args:
         probability: of repeating, in [0, 1).
-        action_key: the action, read and written.
-        previous_key: the action that led to the frame.
-        episode_step_key: int64 ``[*, 1]``, the step inside the episode.
+        action_mask_key: bool ``[*, A]``, the actions that are allowed; others are not repeated. ``None``: all are.
 
     Raises:
         ValueError: the probability is out of range.
@@ -127,30 +125,29 @@ class StickyActions(TensorDictModuleBase):
         0.3
     """
 
-    def __init__(
-        self,
-        probability: float,
-        *,
-        action_key: NestedKey = ACTION,
-        previous_key: NestedKey = PREVIOUS_ACTION,
-        episode_step_key: NestedKey = EPISODE_STEP,
-    ) -> None:
+    def __init__(self, probability: float, *, action_mask_key: NestedKey | None = None) -> None:
         super().__init__()
         if not 0 <= probability < 1:
             raise ValueError(f"StickyActions: probability must lie in [0, 1), got {probability}.")
         self.probability = probability
-        self.in_keys = [action_key, previous_key, episode_step_key]
-        self.out_keys = [action_key]
+        self.action_mask_key = action_mask_key
+        masks = () if action_mask_key is None else (action_mask_key,)
+        self.in_keys = [ACTION, PREVIOUS_ACTION, EPISODE_STEP, *masks]
+        self.out_keys = [ACTION]
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Writes the action, or the previous one again."""
         if exploration_type() not in (ExplorationType.RANDOM, None):
             return tensordict
-        action, previous, step = (require(tensordict, key) for key in self.in_keys)
+        action, previous, step = (require(tensordict, key) for key in (ACTION, PREVIOUS_ACTION, EPISODE_STEP))
         draw = torch.rand(tensordict.shape, device=action.device)
         repeat = (draw < self.probability) & (step.reshape(tensordict.shape) > 0)
+        if self.action_mask_key is not None:
+            allowed = require(tensordict, self.action_mask_key)
+            ids = to_ids(previous, allowed.shape[-1], tensordict.ndim, PREVIOUS_ACTION)
+            repeat &= allowed.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         repeat = repeat.reshape(repeat.shape + (1,) * (action.ndim - repeat.ndim))
-        return tensordict.set(self.out_keys[0], torch.where(repeat, previous, action))
+        return tensordict.set(ACTION, torch.where(repeat, previous, action))
 
 
 def make_actor(

@@ -175,33 +175,28 @@ class KVCache:
             self._slots.pop(stream, None)
         self._last = None
 
-    def require(self, stream: int) -> None:
-        """Raises unless a stream has a context.
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Gives streams copies of others' contexts, all at once; what they had is lost.
 
         Args:
-            stream: its address.
+            sources: addresses of the contexts to copy.
+            targets: addresses of the copies, as many; they may be among the sources.
 
         Raises:
-            KeyError: it has none.
+            KeyError: a source has no context.
+            ValueError: there is no room for all of these.
         """
-        if stream not in self._slots:
-            raise KeyError(f"KVCache: the source must have a context, got none for stream {stream}.")
-
-    def copy(self, source: int, target: int) -> None:
-        """Gives a stream a copy of another's context; what it had is lost.
-
-        Args:
-            source: address of the context to copy.
-            target: address of the copy.
-
-        Raises:
-            KeyError: the source has no context.
-            ValueError: there is no room for two contexts.
-        """
-        self.require(source)
-        if self.max_streams < 2:
-            raise ValueError(f"KVCache: max_streams must be at least 2 to copy, got {self.max_streams}. Raise it.")
-        old, new = self._take([source, target])
+        for stream in sources:
+            if stream not in self._slots:
+                raise KeyError(f"KVCache: the source must have a context, got none for stream {stream}.")
+        streams = list(dict.fromkeys((*sources, *targets)))
+        if len(streams) > self.max_streams:
+            raise ValueError(
+                f"KVCache: sources and targets must be at most max_streams={self.max_streams} streams, got "
+                f"{len(streams)}. Raise max_streams."
+            )
+        slots = dict(zip(streams, self._take(streams), strict=True))
+        old, new = ([slots[stream] for stream in some] for some in (sources, targets))
         self._last = None
         assert self._laid_out is not None
         for pool in (self.length, self.version, *self._laid_out.pools, *self._steps.values()):

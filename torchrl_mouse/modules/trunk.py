@@ -199,7 +199,7 @@ class Trunk(TensorDictModuleBase):
 
         Raises:
             KeyError: a source has no context.
-            ValueError: the shapes differ, or there is no room for two contexts.
+            ValueError: the shapes differ, or there is no room for all of these contexts.
         """
         if sources.shape != targets.shape:
             raise ValueError(
@@ -208,11 +208,7 @@ class Trunk(TensorDictModuleBase):
             )
         if self._cache is None:
             raise KeyError("Trunk: sources must have contexts, got none at all.")
-        pairs = list(zip(sources.reshape(-1).tolist(), targets.reshape(-1).tolist(), strict=True))
-        for source, _ in pairs:
-            self._cache.require(source)
-        for source, target in pairs:
-            self._cache.copy(source, target)
+        self._cache.copy(sources.reshape(-1).tolist(), targets.reshape(-1).tolist())
 
     def mark_weight_update(self) -> None:
         """Says that the weights have changed; contexts are then treated as ``on_weight_update`` says.
