@@ -51,6 +51,7 @@ MODALITY_KEYS: dict[str, NestedKey] = {
 
 RUNNING, TERMINATED, TRUNCATED = 0, 1, 2
 """MOUSE's done codes: the episode goes on, was ended by the environment, or by a step limit."""
+NUM_DONE_CODES = 3
 
 _RECORD_ENTRIES = {
     "obs_continuous": OBSERVATION,

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import datasets
 import torch
 
+from torchrl_mouse import schema
 from torchrl_mouse.data.images import IMAGE, read_image, to_pixels
 
 Kind = Literal["booleans", "integers", "numbers"]
@@ -19,6 +20,14 @@ INTEGER_COLUMNS = ("action", "done", "episode_step", "observation_discrete")
 PADDING = {"observation": 0.0, IMAGE: 0, "metadata_q_star": -torch.inf, "action_mask": False}
 """The columns that hold lists, and what fills the shorter rows."""
 COLUMNS = (*REQUIRED_COLUMNS, "xformed_reward", "observation_discrete", *PADDING)
+RECORD_NAMES = {
+    "episode_step": "time",
+    "observation": "obs_continuous",
+    "observation_discrete": "obs_discrete",
+    IMAGE: "obs_image",
+    "metadata_q_star": "q_star",
+}
+"""What MOUSE calls columns in memory, where that differs."""
 DTYPES = {
     **dict.fromkeys(COLUMNS, torch.float32),
     **dict.fromkeys(INTEGER_COLUMNS, torch.int64),
@@ -63,7 +72,7 @@ class Columns:
         }
         self._bounds = {  # column -> [low, high), and the remedy
             "action": (0, max_action_dim, "Raise max_action_dim, or fix the data."),
-            "done": (0, 3, "Done codes are 0 running, 1 terminated, 2 truncated."),
+            "done": (0, schema.NUM_DONE_CODES, "Done codes are 0 running, 1 terminated, 2 truncated."),
             "episode_step": (0, UNLIMITED, "It counts from 0 at an episode's first frame."),
             "observation_discrete": (0, max_obs_discrete_dim, "Raise max_obs_discrete_dim, or fix the data."),
         }

@@ -10,20 +10,11 @@ import pyarrow as pa
 import torch
 from tensordict import TensorDict
 
-from torchrl_mouse.data.columns import COLUMNS, PADDING, TASK, UNCHECKED, fit
+from torchrl_mouse.data.columns import COLUMNS, PADDING, RECORD_NAMES, TASK, UNCHECKED, fit
 from torchrl_mouse.data.images import IMAGE
 from torchrl_mouse.data.rows import ArrowRows, pieces, read_columns, to_arrow
 from torchrl_mouse.data.steps import OWN
 from torchrl_mouse.data.store import DatasetStore
-
-_RECORD_NAMES = {
-    "episode_step": "time",
-    "observation": "obs_continuous",
-    "observation_discrete": "obs_discrete",
-    IMAGE: "obs_image",
-    "metadata_q_star": "q_star",
-}
-"""What MOUSE calls columns in memory, where that differs."""
 
 
 def merge_stores_to_dataset(stores: Sequence[DatasetStore]) -> datasets.Dataset:
@@ -97,7 +88,7 @@ def encode_hf_rows(store: DatasetStore, rows: Mapping[str, Sequence[Any]]) -> Te
         columns.check_width(name, block.width(name), where)
     records = read_columns(block, columns, torch.arange(len(block)).unsqueeze(0), dict.fromkeys(names, OWN))
     columns.check_values({name: value for name, value in records.items() if name not in UNCHECKED}, where)
-    return TensorDict({_RECORD_NAMES.get(name, name): records[name] for name in names}, [len(block)])
+    return TensorDict({RECORD_NAMES.get(name, name): records[name] for name in names}, [len(block)])
 
 
 def check_stores(where: str, stores: Sequence[DatasetStore]) -> None:

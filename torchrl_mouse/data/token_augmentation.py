@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 EPISODE_END_TERMINATED: NestedKey = ("episode_end", "terminated")
 EPISODE_END_TRUNCATED: NestedKey = ("episode_end", "truncated")
 
-_NUM_DONE_CODES = 3
 _ABSENT_TIME = -1  # the embedder's word for "no time", a zero vector
 _ENDS = (schema.PREVIOUS_TERMINATED, schema.PREVIOUS_TRUNCATED)
 _KEPT_ENDS = (EPISODE_END_TERMINATED, EPISODE_END_TRUNCATED)
@@ -119,7 +118,7 @@ class TokenAugmenter(_WindowTransform):
         self._sizes = {
             "permute_action": max_num_actions,
             "permute_obs_discrete": max_num_obs_discrete,
-            "permute_done": _NUM_DONE_CODES,
+            "permute_done": schema.NUM_DONE_CODES,
         }
         self._sizes = {name: n for name, n in self._sizes.items() if augment.enabled and getattr(augment, name)}
         self._permutes_input = "permute_action" in self._sizes and augment.permute_action in ("input", "both")

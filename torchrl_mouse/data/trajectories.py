@@ -11,7 +11,8 @@ from tensordict.utils import unravel_key
 from torchrl.data import ReplayBuffer
 
 from torchrl_mouse import schema
-from torchrl_mouse.data.images import IMAGE, check_pixels, to_pixels
+from torchrl_mouse.data.columns import RECORD_NAMES
+from torchrl_mouse.data.images import check_pixels, to_pixels
 from torchrl_mouse.streams import draw_streams
 
 if TYPE_CHECKING:
@@ -22,13 +23,7 @@ if TYPE_CHECKING:
     from torchrl_mouse.data.store import DatasetStore
 
 _WHERE = "from_trajectories"
-_COLUMNS = {
-    "time": "episode_step",
-    "obs_continuous": "observation",
-    "obs_discrete": "observation_discrete",
-    "obs_image": IMAGE,
-}
-"""What a store calls the records that MOUSE's conversion calls otherwise."""
+_COLUMNS = {record: column for column, record in RECORD_NAMES.items()}
 _TRAJECTORY: tuple[NestedKey, ...] = (("collector", "traj_ids"), "episode")
 
 

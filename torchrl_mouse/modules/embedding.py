@@ -11,7 +11,7 @@ from torch import nn
 
 from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
-from torchrl_mouse.schema import check_ids
+from torchrl_mouse.schema import NUM_DONE_CODES, check_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,8 +49,6 @@ MODALITIES: dict[str, TokenType] = {
     "done": TokenType.DONE,
 }
 """The kinds of input, in the order of their tokens."""
-
-_NUM_DONE_CODES = 3
 
 
 class TableEmbedder(nn.Module):
@@ -317,7 +315,7 @@ class StepEmbedder(nn.Module):
         if include_reward_token:
             self.reward_embedder = FourierEmbedder(1, width, fourier_in_min, fourier_in_max, std)
         if include_done_token:
-            self.done_embedder = TableEmbedder(_NUM_DONE_CODES, width, std, "done")
+            self.done_embedder = TableEmbedder(NUM_DONE_CODES, width, std, "done")
         prefixes = {"continuous": "obs_continuous", "discrete": "obs_discrete", "image": "obs_image"}
         attributes = {name: f"{prefixes.get(name, name)}_embedder" for name in MODALITIES}
         self._attributes = {name: attribute for name, attribute in attributes.items() if hasattr(self, attribute)}
