@@ -357,7 +357,11 @@ def test_files_round_trip(dtype, tmp_path, random_steps):
         ({"backbone_kwargs": GRU, "hidden_dim": 2**20}, ValueError, r"at most 1e\+11 parameters, got 1.3e\+13 of"),
         ({"backbone_kwargs": {**GRU, "hidden_dim": 8}}, TypeError, "option 'hidden_dim' must be given beside"),
         ({"trunk_kwargs": {"on_weight_update": "rebuild"}}, ValueError, "one of keep for a GRU, got 'rebuild'"),
-        ({"backbone_kwargs": {"kind": "lstm", "num_layers": 1, "num_heads": 1}}, ValueError, "kind must be one of llama, qwen3, gru, got 'lstm'"),
+        (
+            {"backbone_kwargs": {"kind": "lstm", "num_layers": 1, "num_heads": 1}},
+            ValueError,
+            "kind must be one of llama, qwen3, gru, got 'lstm'",
+        ),
     ],
     ids=str,
 )
