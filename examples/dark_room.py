@@ -102,7 +102,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--history-episodes", type=positive, default=200, help="episodes of each learning history")
     parser.add_argument("--episodes", type=positive, default=100, help="episodes per task in the evaluation")
     parser.add_argument("--output", type=Path, default=Path("runs/dark_room"), help="folder for everything written")
-    parser.add_argument("--restart", action="store_true", help="delete what earlier runs of these seeds have left")
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="delete what earlier runs of these seeds have left, but for the learning histories",
+    )
     parser.add_argument("--smoke", action="store_true", help="seconds instead of minutes: shows that it runs")
     if parser.parse_args().smoke:
         parser.set_defaults(updates=20, batch_size=8, history_episodes=20, episodes=10)

@@ -71,6 +71,8 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.batch_size % int(os.environ["WORLD_SIZE"]):
         processes = os.environ["WORLD_SIZE"]
         parser.error(f"--batch-size must be a multiple of the {processes} processes, got {arguments.batch_size}")
+    if (arguments.output / "log").exists():
+        parser.error(f"{arguments.output} holds a run already, and none is gone on with: give another --output")
     return arguments
 
 

@@ -33,10 +33,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the best action; above it, drawn")
     parser.add_argument("--tasks", type=at_least(1), default=16, help="maps, played side by side")
     parser.add_argument("--episodes", type=at_least(1), default=20, help="on each map")
-    parser.add_argument("--size", type=at_least(1), default=4, help="side of the maps")
+    parser.add_argument("--size", type=at_least(2), default=4, help="side of the maps")
     parser.add_argument("--slippery", action="store_true", help="moves go astray two times in three")
     parser.add_argument("--clear", action="store_true", help="clear the context at every episode")
-    parser.add_argument("--seed", type=int, default=0, help="of maps and actions")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of maps and actions")
     parser.add_argument("--output", type=Path, default=Path("runs/inference"), help="folder for returns and plot")
     return parser.parse_args()
 
@@ -50,13 +50,19 @@ def make_task(arguments: argparse.Namespace, seed: int) -> EnvBase:
 def main() -> None:
     """Plays, and writes ``returns.json`` and ``curves.png``."""
     arguments = parse_arguments()
-    model = load_model(arguments.model)
     torch.manual_seed(arguments.seed)
     first = 10**6 * (arguments.seed + 1)
     env: EnvBase = SerialEnv(
         arguments.tasks, [partial(make_task, arguments, first + task) for task in range(arguments.tasks)]
     )
-    actor = model.actor(env.action_spec_unbatched, head=arguments.head, temperature=arguments.temperature)
+    try:
+        model = load_model(arguments.model)
+        actor = model.actor(env.action_spec_unbatched, head=arguments.head, temperature=arguments.temperature)
+        known, cells = model.config.embedding_kwargs.get("max_num_obs_discrete", 0), arguments.size**2
+        if known < cells:
+            raise ValueError(f"The model must know maps of {cells} cells, got one that knows {known}. Change --size.")
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{error} (--model, --head, --temperature, --size)") from None
     if arguments.clear:
         env = TransformedEnv(env, ClearContext())
     returns = evaluate(actor, env, arguments.episodes, description="episodes")

@@ -234,23 +234,22 @@ def make_store(dataset: Dataset, sizes: dict[str, int], arguments: argparse.Name
 def main() -> None:
     """Trains, saves the model, and plays."""
     arguments = parse_arguments()
-    dataset = load(arguments)
-    sizes = sizes_of(dataset)
-    store = make_store(dataset, sizes, arguments)
-    print(f"{arguments.data}: {store}, {', '.join(f'{name} {size}' for name, size in sizes.items() if size)}")
-    side = math.isqrt(sizes["discrete"])
-    is_lake = sizes["actions"] == 4 and side > 1 and side**2 == sizes["discrete"]
-    if is_lake:  # An agent that plays may live longer than any in the data.
-        sizes["time_steps"] = max(sizes["time_steps"], LONGEST_EPISODE + 1)
-
     others = load_runs(arguments.compare, TASKS)
     try:
+        dataset = load(arguments)
+        sizes = sizes_of(dataset)
+        store = make_store(dataset, sizes, arguments)
+        print(f"{arguments.data}: {store}, {', '.join(f'{name} {size}' for name, size in sizes.items() if size)}")
+        side = math.isqrt(sizes["discrete"])
+        is_lake = sizes["actions"] == 4 and side > 1 and side**2 == sizes["discrete"]
+        if is_lake:  # An agent that plays may live longer than any in the data.
+            sizes["time_steps"] = max(sizes["time_steps"], LONGEST_EPISODE + 1)
+        heads = ["dqn", "sp"] if has(dataset, "metadata_q_star") else ["dqn"]
+        torch.manual_seed(arguments.seed)
+        model = build_model(sizes, heads, arguments.window, arguments.backbone)
         claim(arguments.output, options_of(arguments, dataset, sizes), restart=arguments.restart)
-    except ValueError as error:
-        raise SystemExit(f"{error} (--restart, --output)") from None
-    torch.manual_seed(arguments.seed)
-    heads = ["dqn", "sp"] if has(dataset, "metadata_q_star") else ["dqn"]
-    model = build_model(sizes, heads, arguments.window, arguments.backbone)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"{error} (--data, --task, --window, --restart, --output)") from None
     train(model, store, arguments)
     model.save_pretrained(arguments.output / "model")
     print(f"Written: {arguments.output / 'model'}, log and checkpoints beside it")

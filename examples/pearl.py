@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 from functools import partial
 from pathlib import Path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,6 +79,8 @@ def parse_arguments() -> argparse.Namespace:
     earlier.add_argument("--test", action="store_true", help="let the agent of a run meet the test tasks again")
     earlier.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
     arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that this torch can use, and there is none: leave it out")
     if arguments.output is None:
         run = f"{Path(arguments.encoder).stem}-{arguments.budget}-{arguments.seed}"
         run += "" if arguments.precision == "float32" else f"-{arguments.precision}"
@@ -256,6 +259,8 @@ class Run:
             while len(self.history) < self.benchmark.iterations:
                 self.iterate(bar)
                 self.save()
+                for name, value in self.history[-1].items():  # once, whenever the run is stopped
+                    self.logger.log_scalar(name, value, step=len(self.history) - 1)
                 self.report()
         return self.report()
 
@@ -280,8 +285,6 @@ class Run:
         agent.loss.eval()
         steps = sum(len(buffer) for buffer in self.experience.replay)
         entry = {"environment_steps": steps, **sums, **self.test()}
-        for name, value in entry.items():
-            self.logger.log_scalar(name, value, step=len(self.history))
         self.history.append(entry)
         bar.set_postfix({"iteration": len(self.history), "test return": f"{entry['test_return']:.2f}"})
 
@@ -367,7 +370,7 @@ def main() -> None:
         claim(arguments.output, options, restart=arguments.restart)
     except (ValueError, TypeError, OSError, ImportError) as error:
         # What went wrong inside an encoder's file is to be seen with its lines.
-        if arguments.encoder.endswith(".py") and "make_context_encoder" not in str(error) and "claim" not in str(error):
+        if any(Path(frame.filename).name == Path(arguments.encoder).name for frame in extract_tb(error.__traceback__)):
             raise
         raise SystemExit(f"{error} (--env, --encoder, --output, --restart)") from None
     if arguments.test:

@@ -9,7 +9,7 @@ steps than there. The control is the same agent with its context cleared at ever
 from its newest checkpoint.
 
     python examples/pearl_mouse.py --env point-robot --seed 42       # 10 minutes on one core, others half an hour
-    python examples/pearl_mouse.py --env point-robot --budget small  # 3 minutes: a quarter of the updates
+    python examples/pearl_mouse.py --env point-robot --budget small  # 3 minutes: fewer updates
     python examples/pearl_mouse.py --env point-robot --budget smoke  # seconds, to see it run
 """
 
@@ -122,7 +122,7 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", choices=RECIPES, default="point-robot", help="the tasks")
-    parser.add_argument("--budget", choices=BUDGETS, default="benchmark", help="small has a quarter of the updates")
+    parser.add_argument("--budget", choices=BUDGETS, default="benchmark", help="small has fewer updates")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of weights, tasks, actions and starts")
     parser.add_argument("--output", type=Path, help="folder of the run; by default runs/pearl/ENV/mouse-BUDGET-SEED")
     parser.add_argument("--restart", action="store_true", help="delete what an earlier run has left")
@@ -525,7 +525,10 @@ class Run:
 def main() -> None:
     """Trains, or goes on, and prints the results."""
     arguments = parse_arguments()
-    training = Run(arguments)
+    try:
+        training = Run(arguments)
+    except ImportError as error:  # of MuJoCo
+        raise SystemExit(f"{error} (--env)") from None
     read = ("num_train", "num_test", "max_steps", "test_episodes", "training_steps", "sparse")
     options = {name: getattr(arguments, name) for name in ("env", "budget", "seed")}
     options |= {name: getattr(training.benchmark, name) for name in read}

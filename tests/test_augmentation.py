@@ -42,6 +42,16 @@ def test_windows_and_dimensions_differ():
     assert values.mean().item() == pytest.approx(1.0, abs=0.3)
 
 
+def test_factors_and_offsets_have_the_sizes_asked_for():
+    torch.manual_seed(0)
+    ones = TensorDict({"observation": torch.ones(4000, 2, 1)}, [4000, 2])
+    factor = JitterObservation(scale=0.4)(ones.clone())["observation"]
+    assert 0.6 <= factor.min() < 0.61
+    assert 1.39 < factor.max() <= 1.4
+    offset = JitterObservation(shift=0.3)(ones.clone())["observation"] - 1
+    assert offset.std().item() == pytest.approx(0.3, rel=0.05)
+
+
 def test_targets_are_left_alone():
     before = windows()
     after = JitterObservation(scale=0.5, shift=1.0)(before.clone())

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_from_disk
 
+from torchrl_mouse.envs import split_goals
 from torchrl_mouse.evaluation import Run
 
 ROOT = Path(__file__).parents[1]
@@ -41,6 +43,14 @@ def test_smoke_writes_results(smoke):
     assert "held-out goals" in printed
     for name in ("curves.png", "model/config.json", "model/model.safetensors"):
         assert (output / "seed-3" / name).stat().st_size > 0
+
+
+def test_histories_are_of_the_training_goals(smoke):
+    rows = load_from_disk(smoke[0] / "DR9-70-1-seed-3-20-episodes").with_format("torch")[:]
+    assert len(rows["task"].unique()) == 70
+    goals = rows["observation_discrete"][rows["reward"] > 0].unique().tolist()
+    assert len(goals) > 35
+    assert set(goals) <= set(split_goals(70, seed=3)[0].tolist())
 
 
 def test_second_run_reuses_data_and_checkpoint(smoke):

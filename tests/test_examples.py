@@ -20,6 +20,7 @@ from hub import hub_fixture  # noqa: F401
 from torchrl_mouse.evaluation import Run
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PROGRAMS = ("create_dataset", "offline_training", "online_training", "inference")
 
 
 def run_example(name: str, *arguments: object, timeout: int = 250) -> str:
@@ -35,7 +36,7 @@ def programs():
     """The programs as modules: to run them in this process spares the seconds of a start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
-        modules = {name: importlib.import_module(name) for name in ("create_dataset", "offline_training")}
+        modules = {name: importlib.import_module(name) for name in PROGRAMS}
         patch.setattr(modules["offline_training"], "MAPS", 3)  # An agent that has not learned plays long episodes.
         yield modules
 
@@ -174,6 +175,12 @@ def test_recorded_and_played_maps_have_none_in_common(programs):
     assert len(recorded) > 100
     assert len(played) > 25
     assert not recorded & played
+    training, trained_on = programs["online_training"].TrainingLake(4, seed=0), set()
+    for _ in range(200):
+        training.sample_task(torch.tensor(True))
+        trained_on.add(training.unwrapped.desc.tobytes())
+    assert len(trained_on) > 100
+    assert not trained_on & played
 
 
 def test_training_writes_results(trained):
@@ -190,6 +197,33 @@ def test_training_writes_results(trained):
     assert config["embedding_kwargs"]["max_num_time_steps"] == 101  # Longer episodes than there are in the data.
     assert "actions 4, time_steps" in printed
     assert "held-out maps" in printed
+
+
+def test_a_trained_agent_plays(call, trained, tmp_path):
+    options = ["--model", trained[0] / "model", "--tasks", 3, "--episodes", 2, "--seed", 1]
+    for name, more in (("whole", []), ("cleared", ["--clear"])):
+        printed = call("inference.py", *options, "--output", tmp_path / name, *more)
+        assert printed.count("of 3 maps solved") == 2
+        assert np.shape(json.loads((tmp_path / name / "returns.json").read_text())) == (3, 2)
+        assert (tmp_path / name / "curves.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--model", "nosuch"), "nosuch"),
+        (("--head", "sv"), "sv"),
+        (("--temperature", "-1"), "temperature must"),
+        (("--size", "5"), "The model must know maps of 25 cells, got one that knows 16. Change --size."),
+        (("--size", "1"), "--size: must be at least 2, got 1"),
+        (("--seed", "-5"), "--seed: must be at least 0, got -5"),
+    ],
+)
+def test_bad_options_of_inference(call, trained, tmp_path, option, message):
+    assert message in call(
+        "inference.py", "--model", trained[0] / "model", "--output", tmp_path / "run", *option, fails=True
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_training_goes_on_where_it_stopped(call, dataset, trained, tmp_path):

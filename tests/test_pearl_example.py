@@ -294,6 +294,12 @@ def episode_context(benchmark_of, run):
     return benchmark_of.as_context(steps, run.benchmark)
 
 
+@pytest.mark.parametrize("env", ["point-robot", "sparse-point-robot", "cheetah-vel"])
+def test_loss_has_the_benchmarks_constants(benchmark_of, make_run, env):
+    loss, budget = make_run(env).agent.loss, benchmark_of.BENCHMARKS[env]
+    assert (loss.gamma, loss.reward_scale, loss.kl_weight) == (budget.gamma, budget.reward_scale, budget.kl_weight)
+
+
 def test_update_is_the_plain_loops_step(pearl, make_run, monkeypatch):
     run = make_run()
     monkeypatch.setattr(run.agent.loss, "reward_scale", REWARD_SCALE)
@@ -323,10 +329,17 @@ def test_batches(pearl, make_run, encoder):
         assert follows.all()
         assert at[:, 0].abs().max() == 0
     seen = torch.stack([buffer[:] for buffer in run.experience.context])
-    drawn = pearl.draw_context(seen, run.agent)
-    assert drawn.shape == (4, 20)
-    if encoder == "recurrent":
-        assert drawn["observation"][:, 0].abs().max() == 0
+    number = torch.arange(seen.shape[1])
+    seen["observation"][..., 0] = number
+    drawn = torch.stack([pearl.draw_context(seen, run.agent)["observation"][..., 0] for _ in range(200)])
+    assert drawn.shape == (200, 4, 20)
+    for task in drawn.unbind(1):
+        assert torch.equal(task.unique(), number.float())
+    assert not torch.equal(drawn[:, 0], drawn[:, 1])
+    if encoder == "recurrent":  # as above
+        length = run.benchmark.max_steps
+        place = drawn.unflatten(-1, (-1, length)) if drawn.shape[-1] % length == 0 else drawn.unsqueeze(-2)
+        assert (place % length == torch.arange(place.shape[-1]) % length).all()
 
 
 # What the plot's lines are at: best without adaptation, mlp, recurrent, attention, best run; the oracle.

@@ -164,7 +164,7 @@ def claim(directory: str | Path, options: Mapping[str, Any], *, restart: bool = 
         restart: delete what is there.
 
     Raises:
-        ValueError: the folder holds a run with other options, or is to be deleted and holds none.
+        ValueError: the folder holds a run with other options, or is to be deleted and holds none, or is a file.
 
     Examples:
         >>> import tempfile
@@ -179,6 +179,8 @@ def claim(directory: str | Path, options: Mapping[str, Any], *, restart: bool = 
     """
     directory = Path(directory)
     file = directory / "options.json"
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"claim: {directory} must be a folder, got a file. Choose another.")
     if restart and directory.exists():
         if not file.exists() and any(directory.iterdir()):
             raise ValueError(
