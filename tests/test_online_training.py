@@ -89,6 +89,13 @@ def test_masked_steps_are_not_counted(make_model, tmp_path):
     assert training.explore.eps.item() == pytest.approx(0.5 - 0.4 * frames / 1000, abs=1e-5)
 
 
+def test_checkpoints_are_as_far_apart_as_asked(make_model, tmp_path):
+    training = Training(make_model(), tmp_path, frames=4 * ROWS * TASK)
+    run(training.trainer)
+    kept = [int(path.name.rpartition("-")[2]) for path in (tmp_path / "checkpoints").iterdir()]
+    assert sorted(kept) == [3 * ROWS * TASK, 4 * ROWS * TASK]  # The newest two are kept.
+
+
 def test_a_stopped_run_goes_on(make_model, tmp_path):
     first = Training(make_model(), tmp_path, frames=2 * ROWS * TASK)
     run(first.trainer)

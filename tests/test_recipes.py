@@ -367,6 +367,14 @@ def test_source_restores_what_transforms_draw():
     assert random.random() == expected[1]
 
 
+def test_a_run_is_a_folder(tmp_path):
+    (tmp_path / "notes").write_text("years of work")
+    for restart in (False, True):
+        with pytest.raises(ValueError, match=r"claim: .*notes must be a folder, got a file"):
+            claim(tmp_path / "notes", {"updates": 1}, restart=restart)
+    assert (tmp_path / "notes").read_text() == "years of work"
+
+
 def test_restart_deletes_runs_only(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match=r"must hold a run to be deleted, got no options.json in it"):
