@@ -550,7 +550,7 @@ class TestBuffer:
         assert torch.equal(batch["next", "reward"], expected)
 
     def test_a_dump_that_fails_leaves_the_earlier_one(self, monkeypatch, tmp_path):
-        def until_full(file, text):
+        def until_full(file, text, **_):
             with file.open("w") as stream:
                 stream.write(text[:-5])
             raise OSError("no space left")
