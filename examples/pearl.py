@@ -370,7 +370,8 @@ def main() -> None:
         claim(arguments.output, options, restart=arguments.restart)
     except (ValueError, TypeError, OSError, ImportError) as error:
         # What went wrong inside an encoder's file is to be seen with its lines.
-        if any(Path(frame.filename).name == Path(arguments.encoder).name for frame in extract_tb(error.__traceback__)):
+        file = Path(arguments.encoder).resolve()
+        if any(Path(frame.filename).resolve() == file for frame in extract_tb(error.__traceback__)):
             raise
         raise SystemExit(f"{error} (--env, --encoder, --output, --restart)") from None
     if arguments.test:

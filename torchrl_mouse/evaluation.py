@@ -216,7 +216,7 @@ class Run:
     panels: Mapping[str, Mapping[str, torch.Tensor]]
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``returns.safetensors`` into a folder that is there."""
+        """Writes ``returns.safetensors`` into a folder, which is made where there is none."""
         returns = {
             json.dumps([panel, agent]): values.contiguous()
             for panel, curves in self.panels.items()

@@ -19,8 +19,8 @@ class OfflineSource:
 
     A ``Trainer`` advances by collected batches and counts their frames. Each of ours is empty and counts as one frame,
     so that one frame is one update; the batch to learn from is drawn from the replay buffer by :meth:`sample`. The
-    state holds every random generator involved, which makes a resumed run equal to one that was never stopped (with
-    ``prefetch``, up to the batches that were in flight).
+    state holds every random generator involved, those of transforms included, which makes a resumed run equal to one
+    that was never stopped (with ``prefetch``, up to the batches that were in flight).
 
     Args:
         replay_buffer: where batches come from.

@@ -83,10 +83,9 @@ def replacing(file: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(file)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise
 
 
 def replace_json(file: Path, state: Mapping[str, Any]) -> None:
