@@ -115,3 +115,14 @@ def test_bad_calls(world_size, message, monkeypatch, capsys, offline_training):
     with pytest.raises(SystemExit, match="2"):
         data_parallel.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path, monkeypatch, capsys, offline_training):
+    import data_parallel
+
+    (tmp_path / "log").mkdir()
+    monkeypatch.setattr(sys, "argv", ["data_parallel.py", "--output", str(tmp_path)])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit, match="2"):
+        data_parallel.main()
+    assert "holds a run already, and none is gone on with: give another --output" in capsys.readouterr().err

@@ -480,6 +480,22 @@ def test_bad_arguments(call, tmp_path, arguments, message):
     assert not (tmp_path / "run").exists()
 
 
+def test_own_errors_are_clear_with_an_encoder_of_ones_own(call, tmp_path):
+    (tmp_path / "mine.py").write_text(ENCODER)
+    options = ["--encoder", tmp_path / "mine.py", "--budget", "smoke", "--output"]
+    said = call(*options, tmp_path / "run", "--test", fails=True)
+    assert "Train first, without --test." in said
+    assert "mine.py must be a folder, got a file" in call(*options, tmp_path / "mine.py", fails=True)
+    (tmp_path / "mine.py").write_text(ENCODER + "\nraise ValueError('mine')")
+    with pytest.raises(ValueError, match="mine"):
+        call(*options, tmp_path / "run")
+
+
+def test_cuda_is_not_available(call, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cuda needs a GPU that this torch can use" in call("--device", "cuda", fails=True)
+
+
 def test_mujoco_is_not_installed(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "mujoco", None)
     message = call("--env", "cheetah-vel", "--budget", "smoke", "--output", tmp_path / "run", fails=True)
