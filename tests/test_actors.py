@@ -334,12 +334,16 @@ def frames(rows, action, previous, step=1):
     return TensorDict(entries, [rows])
 
 
+def different(rows, one_hot):
+    """Actions, and other previous ones."""
+    both = torch.zeros(rows, dtype=torch.int64), torch.ones(rows, dtype=torch.int64)
+    return [torch.nn.functional.one_hot(ids, 3) for ids in both] if one_hot else both
+
+
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_sticky_actions_repeat_at_their_rate(one_hot):
     torch.manual_seed(0)
-    action, previous = torch.zeros(4000, dtype=torch.int64), torch.ones(4000, dtype=torch.int64)
-    if one_hot:
-        action, previous = (torch.nn.functional.one_hot(ids, 3) for ids in (action, previous))
+    action, previous = different(4000, one_hot)
     chosen = StickyActions(0.3)(frames(4000, action, previous))["action"]
     assert chosen.shape == action.shape
     repeated = (chosen == previous).reshape(4000, -1).all(-1)
@@ -359,9 +363,7 @@ def test_sticky_actions_rest_at_first_frames_and_without_exploration():
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_sticky_actions_repeat_only_what_is_allowed(one_hot):
     torch.manual_seed(0)
-    action, previous = torch.zeros(400, dtype=torch.int64), torch.ones(400, dtype=torch.int64)
-    if one_hot:
-        action, previous = (torch.nn.functional.one_hot(ids, 3) for ids in (action, previous))
+    action, previous = different(400, one_hot)
     steps = frames(400, action, previous)
     steps["allowed"] = (torch.arange(400) < 200).unsqueeze(-1) | torch.tensor([True, False, True])
     chosen = StickyActions(0.5, action_mask_key="allowed")(steps)["action"]
