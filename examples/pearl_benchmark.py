@@ -144,7 +144,7 @@ SMOKE = {
 }
 BUDGETS = {"benchmark": BENCHMARKS, "small": SMALL, "smoke": SMOKE}
 
-# Mean and standard deviation over the published seeds, and the best run of all that were published.
+# Mean and standard deviation over the seeds of the published table of encoders, and the best run in it.
 PUBLISHED = {
     "point-robot": {"mlp": (-11.878, 1.84), "recurrent": (-11.383, 0.87), "attention": (-10.837, 0.77)},
     "sparse-point-robot": {"mlp": (3.803, 0.33), "recurrent": (2.818, 2.30), "attention": (1.991, 1.48)},
@@ -161,8 +161,9 @@ def make_tasks(name: str, benchmark: Benchmark) -> tuple[torch.Tensor, torch.Ten
     """Makes what sets training and test tasks apart, goals ``[tasks, 2]`` or velocities ``[tasks]``.
 
     Raises:
-        ValueError: more tasks are asked for than there are.
+        ValueError: an unknown environment, or more tasks are asked for than there are.
     """
+    _check_name("make_tasks", name)
     # All of the benchmark's are drawn, and the last are those of the test, in a smaller budget too.
     full = BENCHMARKS[name]
     for kind in ("num_train", "num_test"):
@@ -177,15 +178,30 @@ def make_tasks(name: str, benchmark: Benchmark) -> tuple[torch.Tensor, torch.Ten
 
 
 def make_env(name: str, tasks: torch.Tensor, benchmark: Benchmark, device: str = "cpu") -> EnvBase:
-    """Makes an environment with a row for each of the tasks; its seed comes from torch's."""
+    """Makes an environment with a row for each of the tasks; its seed comes from torch's.
+
+    Raises:
+        ImportError: it needs MuJoCo, which is not installed.
+        ValueError: an unknown environment.
+    """
+    _check_name("make_env", name)
     seed = int(torch.randint(2**31, ()))
     if name == "cheetah-vel":
         return HalfCheetahVelEnv(tasks, max_steps=benchmark.max_steps, seed=seed, device=device)
     return PointRobotEnv(tasks, max_steps=benchmark.max_steps, sparse=benchmark.sparse, seed=seed, device=device)
 
 
+def _check_name(where: str, name: str) -> None:
+    if name not in BENCHMARKS:
+        raise ValueError(f"{where}: name must be one of {', '.join(BENCHMARKS)}, got {name!r}. Choose one of them.")
+
+
 def play(env: EnvBase, actor: TensorDictModuleBase, latent: torch.Tensor, benchmark: Benchmark) -> TensorDictBase:
-    """Plays one episode in each row with its latent ``[rows, Z]``; returns transitions ``[rows, T]``."""
+    """Plays one episode in each row with its latent ``[rows, Z]``; returns transitions ``[rows, T]``.
+
+    Raises:
+        ValueError: a reward is not finite.
+    """
     steps = env.rollout(
         benchmark.max_steps,
         actor,
@@ -193,6 +209,14 @@ def play(env: EnvBase, actor: TensorDictModuleBase, latent: torch.Tensor, benchm
         auto_reset=False,
         break_when_any_done=False,
     )
+    for key in ("reward", "sparse_reward"):  # here, before a belief and actions made of it are blamed
+        reward = steps.get(("next", key), None)
+        if reward is not None and not (finite := reward.isfinite()).all():
+            at = tuple((~finite).nonzero()[0].tolist())
+            raise ValueError(
+                f"play: entry ('next', {key!r}) must be finite, got {reward[at].item()} at {list(at)}, row and step. "
+                "Fix the environment."
+            )
     following = [("next", key) for key in ("observation", "reward", "sparse_reward", "terminated", "done")]
     return steps.select("observation", "action", *following, strict=False)
 
@@ -271,7 +295,7 @@ def save(options: dict[str, Any], history: list[dict[str, float]], directory: Pa
         ("tab:blue", "tab:orange", "tab:purple"), PUBLISHED[name].items(), strict=True
     ):
         axes.axhline(mean, linewidth=1, color=color, label=f"published: {encoder} (mean of 3 seeds)")
-    axes.axhline(BEST_PUBLISHED[name], linewidth=1, linestyle="-.", color="tab:brown", label="published: best run")
+    axes.axhline(BEST_PUBLISHED[name], linewidth=1, linestyle="-.", color="tab:brown", label="published: best encoder")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="iteration", ylabel="return of the last episode")
     axes.set_title(title, fontsize=9)  # It names all options.

@@ -24,6 +24,11 @@ def context(*shape):
     return TensorDict({"context": TensorDict(entries, shape)}, shape[:-1])
 
 
+def without_state(encoder):
+    encoder.reset = lambda num_tasks: None
+    return encoder
+
+
 @pytest.mark.parametrize("num", [1, 7])
 @pytest.mark.parametrize("kind", KINDS)
 def test_posterior_is_the_product_of_what_the_encoder_says(kind, num):
@@ -154,9 +159,16 @@ def test_reset_is_the_encoders():
 
 @pytest.mark.parametrize("size", [None, 7, 0, "six"])
 def test_the_encoders_output_is_means_and_variances(size):
-    encoder = nn.Identity()
+    encoder = without_state(nn.Identity())
     encoder.output_size = size
     with pytest.raises(ValueError, match=f"output_size of the encoder must be even, means and variances, got {size}"):
+        ContextPosterior(encoder)
+
+
+def test_the_encoder_can_be_reset():
+    encoder = nn.Linear(5, 6)
+    encoder.output_size = 6
+    with pytest.raises(TypeError, match="the encoder must have a method reset, got a Linear without"):
         ContextPosterior(encoder)
 
 
@@ -190,7 +202,7 @@ def test_one_gaussian_for_each_task_may_keep_its_dimension():
         def forward(self, input):
             return input.new_tensor([1.0, 2.0, 3.0, 0.0, 0.0, 0.0]).expand(len(input), 1, 6)
 
-    belief = ContextPosterior(Encoder())(context(4, 7))
+    belief = ContextPosterior(without_state(Encoder()))(context(4, 7))
     torch.testing.assert_close(belief["posterior_loc"], torch.tensor([1.0, 2.0, 3.0]).expand(4, 3))
     torch.testing.assert_close(belief["posterior_scale"], torch.full((4, 3), math.sqrt(math.log(2))))
 
@@ -203,4 +215,4 @@ def test_an_output_of_another_shape_is_refused():
             return input.new_zeros(input.shape[1], input.shape[0], 6)  # Tasks and transitions exchanged.
 
     with pytest.raises(ValueError, match=r"Encoder: output must be .* 4, 7 and 6, got \[7, 4, 6\]"):
-        ContextPosterior(Encoder())(context(4, 7))
+        ContextPosterior(without_state(Encoder()))(context(4, 7))

@@ -237,6 +237,16 @@ def test_stand_ins_go_when_the_file_fails(tmp_path):
     assert not [name for name in sys.modules if name.partition(".")[0] == "rlkit"]
 
 
+def test_a_constructor_may_import(tmp_path):
+    begin = "        super().__init__()\n"
+    text = LINEAR_FILE.replace(begin, begin + "        import rlkit.torch.pytorch_util as util\n")
+    assert load(write(tmp_path, text)).output_size == OUTPUT
+    text = LINEAR_FILE.replace(begin, begin + "        import rlkit.torch.networks\n")
+    with pytest.raises(ImportError, match=r"stand-ins have only, got: No module named 'rlkit.torch.networks'"):
+        load(write(tmp_path, text))
+    assert not [name for name in sys.modules if name.partition(".")[0] == "rlkit"]
+
+
 def test_an_unknown_name_lists_the_names():
     with pytest.raises(ValueError, match=rf"one of {', '.join(KINDS)}, or a path that ends in .py, got 'mpl'"):
         load("mpl")

@@ -18,7 +18,7 @@ from torchrl.envs.utils import exploration_type
 from torchrl.record import CSVLogger
 from tqdm import tqdm
 
-from torchrl_mouse.envs import point_robot_oracle
+from torchrl_mouse.envs import PointRobotEnv, point_robot_oracle
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -154,6 +154,15 @@ def test_tasks_of_a_smaller_budget_are_the_benchmarks(benchmark_of):
         assert torch.equal(few_test, test[:2])
 
 
+def test_an_environment_that_there_is_not(benchmark_of):
+    budget = benchmark_of.SMOKE["point-robot"]
+    message = "name must be one of point-robot, sparse-point-robot, cheetah-vel, got 'walker'"
+    with pytest.raises(ValueError, match=f"make_tasks: {message}"):
+        benchmark_of.make_tasks("walker", budget)
+    with pytest.raises(ValueError, match=f"make_env: {message}"):
+        benchmark_of.make_env("walker", torch.zeros(1, 2), budget)
+
+
 def test_more_tasks_than_there_are(benchmark_of):
     budget = replace(benchmark_of.BENCHMARKS["point-robot"], num_train=41)
     with pytest.raises(
@@ -258,7 +267,8 @@ def watch(monkeypatch):
 def test_collection_plays_as_the_benchmark_says(pearl, benchmark_of, make_run, watch, monkeypatch):
     run = make_run("sparse-point-robot")
     pearl.collect(run.agent, "sparse-point-robot", run.tasks, torch.arange(4), run.experience, first=True)
-    monkeypatch.setattr(run, "update", lambda: TensorDict({}))
+    modes = []
+    monkeypatch.setattr(run, "update", lambda: modes.append(run.agent.loss.training) or TensorDict({}))
     monkeypatch.setattr(run, "test", lambda: {"test_return": 0.0})
     run.logger = CSVLogger("log", log_dir=str(run.arguments.output))
     grown = []
@@ -271,6 +281,7 @@ def test_collection_plays_as_the_benchmark_says(pearl, benchmark_of, make_run, w
     assert grown == [40 + 20]  # the prior phase's two episodes, and the first by the belief
     assert {kind for kind, _, _ in episodes} <= {None, ExplorationType.RANDOM}  # None is what actors do by default
     assert not any(training for _, training, _ in episodes)
+    assert modes == [True] * run.benchmark.updates
     assert [len(latent) for _, _, latent in episodes] == [4, 2, 2]
     assert len(episodes[0][2].unique(dim=0)) == 4  # a latent of its own for each
 
@@ -284,6 +295,17 @@ def test_tests_act_without_chance_on_drawn_latents(pearl, benchmark_of, make_run
     assert {kind for kind, _, _ in episodes} == {ExplorationType.DETERMINISTIC}
     first, second = (run.agent.infer(context) for context in [episode_context(benchmark_of, run)] * 2)
     assert not torch.equal(first, second)  # drawn, not the belief's mean
+
+
+def test_a_recurrent_encoder_goes_on_from_one_episode_of_a_test_to_the_next(make_run):
+    run = make_run(encoder="recurrent")
+    run.agent.loss.eval()
+    encoder, states = run.agent.posterior.encoder, []
+    encoder.register_forward_pre_hook(lambda module, _: states.append(module.hidden))
+    run.test()
+    for before, after in (states[:2], states[2:]):  # training tasks, test tasks
+        assert before is None
+        assert after.abs().sum(-1).all()
 
 
 @torch.no_grad()
@@ -363,11 +385,23 @@ def test_plot_shows_what_to_compare_with(benchmark_of, tmp_path, monkeypatch, en
     if regret:
         assert lines["oracle, same starts"] == [-5.0, -6.0, -7.0]
     names = ["best without adaptation", *(f"published: {name} (mean of 3 seeds)" for name in ENCODERS)]
-    names += ["published: best run", "oracle"]
+    names += ["published: best encoder", "oracle"]
     shown = [lines[name][0] for name in names if name in lines]
     assert shown == pytest.approx(PLOTTED[env])
     monkeypatch.undo()
     benchmark_of.plt.close(figures[0])
+
+
+def test_figures_are_of_the_last_iterations(benchmark_of, tmp_path):
+    history = [{"test_return": -float(2**n), "train_return": 0.0, "regret": float(3**n)} for n in range(7)]
+    results = benchmark_of.save({"environment": "point-robot"}, history, tmp_path)
+    assert results == {
+        "meta_test_return": -64.0,
+        "mean_of_last_5_iterations": -(4 + 8 + 16 + 32 + 64) / 5,
+        "regret": 729.0,
+        "mean_regret_of_last_5": (9 + 27 + 81 + 243 + 729) / 5,
+    }
+    assert json.loads((tmp_path / "results.json").read_text()).items() >= results.items()
 
 
 @pytest.mark.parametrize("env", ["point-robot", "sparse-point-robot", "cheetah-vel"])
@@ -566,6 +600,23 @@ def test_a_reward_that_is_no_number_stops_the_run(make_run, pearl, monkeypatch):
     monkeypatch.setattr(run.experience, "draw", spoiled)
     with pytest.raises(ValueError, match=r"must be finite, got nan at \[1, 2, 0\]"):
         run.update()
+
+
+@pytest.mark.parametrize(("env", "key"), [("point-robot", "reward"), ("sparse-point-robot", "sparse_reward")])
+def test_an_environments_reward_that_is_no_number_is_named(make_run, monkeypatch, env, key):
+    """Before the belief and the actions that would be made of it."""
+    run = make_run(env)
+    run.file.parent.mkdir()
+    step = PointRobotEnv._step
+
+    def spoiled(self, tensordict):
+        frame = step(self, tensordict)
+        frame[key][1] = float("nan")
+        return frame
+
+    monkeypatch.setattr(PointRobotEnv, "_step", spoiled)
+    with pytest.raises(ValueError, match=rf"\('next', '{key}'\) must be finite, got nan at \[1, 0, 0\], row and step"):
+        run.train()
 
 
 def test_the_prior_is_drawn_without_context(make_run):

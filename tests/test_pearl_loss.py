@@ -17,6 +17,7 @@ from plain_pearl import (
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch.distributions import Normal
+from torchrl.modules import ProbabilisticActor, TanhNormal
 from torchrl.objectives import SoftUpdate
 
 from torchrl_mouse.modules import (
@@ -286,6 +287,15 @@ def test_scalars_without_their_dimension(key):
         small_loss()(batch)
 
 
+@pytest.mark.parametrize("tasks", [1, 2, 6])
+def test_a_context_of_other_tasks(tasks):
+    """Of a divisor of their number, latents would go to other tasks' rows."""
+    batch = TensorDict(small_batch(), [])
+    batch["context"] = make_batch(tasks=tasks, context=6)["context"]
+    with pytest.raises(ValueError, match=f"'posterior_loc' must be of 3 tasks, as 'observation' is, got {tasks}"):
+        small_loss()(batch)
+
+
 @pytest.mark.parametrize("rows", [8, 5])
 def test_entries_by_keyword(rows):
     """As many transitions as the context has, or fewer: the tasks are all that they share."""
@@ -330,6 +340,25 @@ def test_one_critic_is_too_few():
         PEARLLoss(ContextPosterior(encoder), latent_actor(2, 2, 3), [latent_qvalue(2, 2, 3)], latent_value(2, 3))
 
 
+@pytest.mark.parametrize(
+    ("kind", "bounds", "got"),
+    [
+        (TanhNormal, {"high": 2.0}, r"one inside \[-1, 2.0\]"),
+        (TanhNormal, {"low": torch.tensor([-1.0, 0.0])}, r"one inside \[\[-1.0, 0.0\], 1\]"),
+        (Normal, {}, "<class 'torch.distributions.normal.Normal'>"),
+    ],
+)
+def test_an_actor_with_other_bounds(kind, bounds, got):
+    """Critics would learn of actions that it never takes."""
+    encoder = make_context_encoder("linear", hidden_sizes=[], input_size=5, output_size=6)
+    actor = latent_actor(2, 2, 3, hidden_sizes=[4])
+    options = {"distribution_class": kind, "distribution_kwargs": bounds}
+    actor = ProbabilisticActor(actor[0], in_keys=["loc", "scale"], **options)
+    critics = [latent_qvalue(2, 2, 3, hidden_sizes=[4]) for _ in range(2)]
+    with pytest.raises(ValueError, match=rf"draw from a TanhNormal inside \[-1, 1\], got {got}"):
+        PEARLLoss(ContextPosterior(encoder), actor, critics, latent_value(2, 3))
+
+
 def test_networks_for_another_latent():
     loss, batch = make_loss(), make_batch()
     encoder = make_context_encoder("mlp", hidden_sizes=[4], input_size=5, output_size=2 * 7)
@@ -348,6 +377,17 @@ def test_what_a_recurrent_encoder_keeps_is_forgotten(wrap):
         loss.critic_loss(batch)
         drawn.append(batch.pop("latent"))
     assert torch.equal(*drawn)
+
+
+def test_what_is_inside_an_encoder_may_have_its_own_reset():
+    class Memory(torch.nn.Linear):
+        def reset(self):
+            raise AssertionError("not of contexts")
+
+    loss = small_loss()
+    encoder = loss.posterior.encoder
+    encoder.last_fc = Memory(encoder.last_fc.in_features, encoder.last_fc.out_features)
+    loss.critic_loss(small_batch())
 
 
 def test_any_module_can_infer_the_belief():

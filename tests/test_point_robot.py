@@ -298,7 +298,8 @@ def test_masked_rows_do_not_move():
     up = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     frame = env.step(env.reset().set("action", up))["next"].exclude("reward")
     close(frame["sparse_reward"], [0.9, 0.9])
-    frame = env.step(frame.set("action", up).set("_step", torch.tensor([True, False])))["next"].exclude("reward")
+    held = torch.tensor([[0.0, 1.0], [0.0, math.nan]])
+    frame = env.step(frame.set("action", held).set("_step", torch.tensor([True, False])))["next"].exclude("reward")
     close(frame["observation"][:, 1], [0.2, 0.1])
     close(frame["sparse_reward"], [1.0, 0.9])
     frame = env.reset(frame.set("_reset", torch.tensor([[True], [False]])))
@@ -442,6 +443,15 @@ def test_action_of_wrong_shape(shape):
     frame = env.reset().set("action", torch.zeros(shape))
     with pytest.raises(ValueError, match=r"PointRobotEnv: action must have shape \[3, 2\], got \[3"):
         env.step(frame)
+
+
+def test_action_that_is_nan():
+    env = PointRobotEnv(point_robot_goals(2), start="origin")
+    frame = env.reset()
+    with pytest.raises(ValueError, match=r"PointRobotEnv: action must not be NaN, got .*nan"):
+        env.step(frame.clone().set("action", torch.tensor([[0.0, 1.0], [0.0, math.nan]])))
+    after = env.step(frame.set("action", torch.ones(2, 2)))["next"]  # the step that failed moved nothing
+    close(after["observation"], [[0.1, 0.1], [0.1, 0.1]])
 
 
 def test_goals_error():

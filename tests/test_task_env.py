@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -404,3 +405,25 @@ def test_errors(make_base, limit, error, match):
     base = make_base()
     with pytest.raises(error, match=match):
         TaskEnv(base, **limit)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_no_number(value, monkeypatch):
+    """Of a row that is at its episode's end, and gets no reward, it does not matter."""
+    env = TaskEnv(CountEnv([2, 9], honours_mask=False), episodes_per_task=2)
+    step, spoiled = CountEnv._step, [False, False]
+
+    def spoil(self, tensordict):
+        frame = step(self, tensordict)
+        frame["reward"][torch.tensor(spoiled)] = value
+        return frame
+
+    monkeypatch.setattr(CountEnv, "_step", spoil)
+    frame = env.reset()
+    for _ in range(2):
+        frame = env.rand_step(frame)["next"]
+    spoiled[0] = True
+    frame = env.rand_step(frame)["next"]
+    spoiled[1] = True
+    with pytest.raises(ValueError, match=f"TaskEnv: reward of CountEnv must be finite, got {value}"):
+        env.rand_step(frame)

@@ -63,7 +63,8 @@ class TaskEnv(EnvBase):
 
     Raises:
         TypeError: ``base_env`` is not an ``EnvBase``.
-        ValueError: not exactly one limit, a limit below 1, or a base that cannot be wrapped.
+        ValueError: not exactly one limit, a limit below 1, or a base that cannot be wrapped; in ``step``, a reward is
+            not finite (checked on the CPU alone).
 
     .. note:: A random policy's ``init_random_frames`` skips the policy, whose context then misses those frames.
 
@@ -175,6 +176,11 @@ class TaskEnv(EnvBase):
             reward = torch.where(live, reward, 0)
             if bool(resets.any()):
                 frame = self.base_env.reset(frame.set("_reset", resets), select_reset_only=True)
+        if schema.can_look_at(reward) and not (finite := reward.isfinite()).all():  # contexts would keep it
+            raise ValueError(
+                f"TaskEnv: reward of {type(self.base_env).__name__} must be finite, got {reward[~finite][0].item()}. "
+                "Fix the environment."
+            )
 
         terminated = frame.get("terminated") & live
         truncated = frame.get("done") & live & ~terminated

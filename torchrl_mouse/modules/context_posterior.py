@@ -33,11 +33,13 @@ class ContextPosterior(TensorDictModuleBase):
 
     Args:
         encoder: maps ``[tasks, N, input_size]`` to ``[tasks, N, 2 Z]`` or ``[tasks, 2 Z]``, with ``2 Z`` its attribute
-            ``output_size``: means, and what softplus makes variances of.
+            ``output_size``: means, and what softplus makes variances of. Its method ``reset(num_tasks)`` forgets what
+            is kept between calls.
         in_keys: entries of a transition ``[*tasks, N, size]``, in the encoder's order.
         out_keys: entries for mean and standard deviation ``[*tasks, Z]``, named as the arguments of ``Normal``.
 
     Raises:
+        TypeError: the encoder has no ``reset``.
         ValueError: the encoder's ``output_size`` is odd or missing, or there are no ``in_keys``, or not two
             ``out_keys``.
 
@@ -65,6 +67,11 @@ class ContextPosterior(TensorDictModuleBase):
             raise ValueError(
                 f"ContextPosterior: output_size of the encoder must be even, means and variances, got {size}. Make it "
                 f"twice the size of the latent variable."
+            )
+        if not callable(getattr(encoder, "reset", None)):
+            raise TypeError(
+                f"ContextPosterior: the encoder must have a method reset, got a {type(encoder).__name__} without. "
+                "Define reset(self, num_tasks=1), empty if nothing is kept between calls."
             )
         if not in_keys or len(out_keys) != 2:
             raise ValueError(

@@ -133,9 +133,9 @@ def load_encoder(path: str | Path, hidden_sizes: Sequence[int], input_size: int,
     """Runs a Python file, makes its ``CustomContextEncoder``, and tries it on a context of zeros.
 
     The file may import ``rlkit.torch.core`` and ``rlkit.torch.pytorch_util``. Where rlkit is not installed there are
-    stand-ins while the file runs, with ``PyTorchModule``; ``fanin_init``, ``device``, ``identity``, ``zeros``,
-    ``ones``, ``FloatTensor``, ``from_numpy`` and ``get_numpy``. Buffers whose shape changes with the number of tasks
-    are states, and are left out of the ``state_dict``.
+    stand-ins while the file runs and the encoder is made, with ``PyTorchModule``; ``fanin_init``, ``device``,
+    ``identity``, ``zeros``, ``ones``, ``FloatTensor``, ``from_numpy`` and ``get_numpy``. Buffers whose shape changes
+    with the number of tasks are states, and are left out of the ``state_dict``.
 
     .. note:: Running a file is running a program: load only those that you trust. The stand-in's ``device`` is torch's
         default device at the time of loading.
@@ -154,16 +154,17 @@ def load_encoder(path: str | Path, hidden_sizes: Sequence[int], input_size: int,
         ValueError: the encoder's attribute ``output_size``, or the shape of its output, is another one, or what it
             gives for zeros is not finite.
     """
-    kind = _encoder_class(Path(path))
     sizes = (list(hidden_sizes), input_size, output_size)
-    try:
-        inspect.signature(kind).bind(*sizes)
-    except TypeError as error:
-        raise TypeError(
-            f"make_context_encoder: {CUSTOM_CLASS} of {path} must be made by (hidden_sizes, input_size, output_size), "
-            f"got a constructor with {error}. Let it take these three."
-        ) from None
-    encoder = kind(*sizes)
+    with _rlkit(path):
+        kind = _encoder_class(Path(path))
+        try:
+            inspect.signature(kind).bind(*sizes)
+        except TypeError as error:
+            raise TypeError(
+                f"make_context_encoder: {CUSTOM_CLASS} of {path} must be made by (hidden_sizes, input_size, "
+                f"output_size), got a constructor with {error}. Let it take these three."
+            ) from None
+        encoder = kind(*sizes)
     if (found := getattr(encoder, "output_size", None)) != output_size:
         raise ValueError(
             f"make_context_encoder: output_size of the encoder in {path} must be {output_size}, got {found}. "
@@ -196,18 +197,9 @@ def _encoder_class(path: Path) -> type[nn.Module]:
     module = ModuleType(f"encoder file {path.stem}")  # a name that hides no other module
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # Decorators such as dataclass look there; and so does pickle.
-    with _rlkit():
-        try:
-            # Not by the import system, which would leave a compiled copy beside the file and take it for a changed one.
-            # Nor with what this file imports from the future.
-            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
-        except ImportError as error:
-            if (error.name or "").partition(".")[0] != "rlkit":
-                raise
-            raise ImportError(
-                f"make_context_encoder: {path} must ask of rlkit for what its stand-ins have only, got: {error}. "
-                f"Install rlkit, or define in the file what it needs."
-            ) from error
+    # Not by the import system, which would leave a compiled copy beside the file and take it for a changed one.
+    # Nor with what this file imports from the future.
+    exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), vars(module))
     found = vars(module).get(CUSTOM_CLASS)
     if found is None:
         classes = [name for name, value in vars(module).items() if isinstance(value, type)]
@@ -224,8 +216,8 @@ def _encoder_class(path: Path) -> type[nn.Module]:
 
 
 @contextmanager
-def _rlkit() -> Iterator[None]:
-    """Makes rlkit importable, by stand-ins if it is not installed."""
+def _rlkit(path: str | Path) -> Iterator[None]:
+    """Makes rlkit importable for the file at ``path``, by stand-ins if it is not installed."""
     if importlib.util.find_spec("rlkit") is not None:
         yield
         return
@@ -257,6 +249,13 @@ def _rlkit() -> Iterator[None]:
     sys.modules.update(modules)
     try:
         yield
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "rlkit":
+            raise
+        raise ImportError(
+            f"make_context_encoder: {path} must ask of rlkit for what its stand-ins have only, got: {error}. "
+            f"Install rlkit, or define in the file what it needs."
+        ) from error
     finally:
         for name in modules:
             sys.modules.pop(name, None)

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import ProbabilisticTensorDictSequential, TensorDictModule, TensorDictModuleBase, dispatch
 from tensordict.utils import unravel_key_list
+from torchrl.modules import TanhNormal
 from torchrl.objectives import LossModule
 
 from torchrl_mouse import schema
@@ -57,7 +58,8 @@ class PEARLLoss(LossModule):
 
     Args:
         posterior: reads the context and writes location and scale of the belief, ``[tasks, Z]``, as
-            :class:`~torchrl_mouse.modules.ContextPosterior` does; modules in it that have ``reset`` are reset before.
+            :class:`~torchrl_mouse.modules.ContextPosterior` does; TensorDictModules in it that have
+            ``reset(num_tasks)`` are reset before.
         actor_network: reads ``observation`` and ``latent`` and draws from a ``TanhNormal`` inside [-1, 1].
         qvalue_networks: two networks (or more) that read ``observation``, ``action`` and ``latent``.
         value_network: reads ``observation`` and ``latent``; its target moves by ``SoftUpdate``.
@@ -67,7 +69,7 @@ class PEARLLoss(LossModule):
         regularization: of the actor's location and scale, not negative.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the actor draws from another distribution.
 
     Examples:
         >>> from torchrl.objectives import SoftUpdate
@@ -134,6 +136,7 @@ class PEARLLoss(LossModule):
         ):
             if not valid:
                 raise ValueError(f"PEARLLoss: {name} must {rule}, got {value}. Change it.")
+        _check_squashed(actor_network)
         self.posterior = posterior
         self.convert_to_functional(actor_network, "actor_network")
         self.convert_to_functional(list(qvalue_networks), "qvalue_network", expand_dim=len(qvalue_networks))
@@ -163,16 +166,21 @@ class PEARLLoss(LossModule):
 
         Raises:
             KeyError: an entry is missing.
-            ValueError: reward or end of an episode is not ``[tasks, rows, 1]``; a reward or a belief is not finite
-                (checked on the CPU alone).
+            ValueError: reward or end of an episode is not ``[tasks, rows, 1]``, or the belief not of as many tasks; a
+                reward or a belief is not finite (checked on the CPU alone).
         """
         keys = self.tensor_keys
         num_tasks = len(schema.require(tensordict, keys.observation))
         for module in self.posterior.modules():  # What has a state may be one of a sequence.
-            if hasattr(module, "reset"):
+            if isinstance(module, TensorDictModuleBase) and hasattr(module, "reset"):
                 module.reset(num_tasks)
         belief = self.posterior(tensordict.select(*self.posterior.in_keys))
         loc, scale = schema.require(belief, keys.posterior_loc), schema.require(belief, keys.posterior_scale)
+        if len(loc) != num_tasks:  # Latents would go to other tasks' rows.
+            raise ValueError(
+                f"PEARLLoss: entry {keys.posterior_loc!r} must be of {num_tasks} tasks, as {keys.observation!r} is, "
+                f"got {len(loc)}. Give a context for each."
+            )
         self._check_finite(keys.posterior_loc, loc, "the context or the learning rate")
         latent = loc + scale * torch.randn_like(scale)
         tensordict.set(keys.latent, latent)
@@ -262,3 +270,16 @@ class PEARLLoss(LossModule):
             with one.to_module(self.qvalue_network, preserve_module_state=False):
                 values.append(schema.require(self.qvalue_network(steps.copy()), self.tensor_keys.state_action_value))
         return torch.stack(values)
+
+
+def _check_squashed(actor: ProbabilisticTensorDictSequential) -> None:
+    draw: Any = actor[-1]
+    kind, options = draw.distribution_class, draw.distribution_kwargs
+    bounds = [torch.as_tensor(options.get(name, default)) for name, default in (("low", -1), ("high", 1))]
+    tanh = isinstance(kind, type) and issubclass(kind, TanhNormal)
+    if not tanh or (bounds[0] != -1).any() or (bounds[1] != 1).any():
+        got = f"one inside {[bound.tolist() for bound in bounds]}" if tanh else kind
+        raise ValueError(
+            f"PEARLLoss: actor_network must draw from a TanhNormal inside [-1, 1], got {got}. Make it with "
+            "latent_actor, and let a transform of the environment scale actions."
+        )
