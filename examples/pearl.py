@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import math
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -281,6 +282,11 @@ class Run:
         for _ in range(benchmark.updates):
             for name, value in self.update().items():
                 sums[name] = sums.get(name, 0.0) + float(value) / benchmark.updates
+            if wrong := [name for name, value in sums.items() if not math.isfinite(value)]:
+                raise ValueError(
+                    f"pearl.py: {', '.join(wrong)} must be finite, got {sums[wrong[0]]} in iteration "
+                    f"{len(self.history) + 1}. Look at the encoder; {self.file} is of the iteration before."
+                )
             bar.update()
         agent.loss.eval()
         steps = sum(len(buffer) for buffer in self.experience.replay)

@@ -602,6 +602,22 @@ def test_a_reward_that_is_no_number_stops_the_run(make_run, pearl, monkeypatch):
         run.update()
 
 
+def test_a_run_that_diverges_stops_before_it_is_saved(make_run, monkeypatch):
+    """Where the loss does not look at values itself, as on an accelerator."""
+    run = make_run()
+    run.file.parent.mkdir()
+    update, count = run.update, iter(range(9))
+
+    def diverge():
+        losses = update()
+        return losses.set("loss_actor", torch.tensor(float("nan"))) if next(count) == 3 else losses
+
+    monkeypatch.setattr(run, "update", diverge)
+    with pytest.raises(ValueError, match=r"loss_actor must be finite, got nan in iteration 2\..*checkpoint\.pt is of"):
+        run.train()
+    assert len(torch.load(run.file, weights_only=False)["history"]) == 1
+
+
 @pytest.mark.parametrize(("env", "key"), [("point-robot", "reward"), ("sparse-point-robot", "sparse_reward")])
 def test_an_environments_reward_that_is_no_number_is_named(make_run, monkeypatch, env, key):
     """Before the belief and the actions that would be made of it."""
