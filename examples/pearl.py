@@ -285,7 +285,7 @@ class Run:
             if wrong := [name for name, value in sums.items() if not math.isfinite(value)]:
                 raise ValueError(
                     f"pearl.py: {', '.join(wrong)} must be finite, got {sums[wrong[0]]} in iteration "
-                    f"{len(self.history) + 1}. Look at the encoder; {self.file} is of the iteration before."
+                    f"{len(self.history) + 1}, of which nothing is saved. Look at the encoder."
                 )
             bar.update()
         agent.loss.eval()
