@@ -148,9 +148,10 @@ class PointRobotEnv(EnvBase):
             want, got = list(self._position.shape), list(action.shape)
             raise ValueError(f"PointRobotEnv: action must have shape {want}, got {got}. Fix the policy.")
         mask = tensordict.get("_step", None)
-        read = action if mask is None else action[mask.reshape(self.batch_size)]  # held rows may be given anything
-        if schema.can_look_at(read) and read.isnan().any():  # a position would never be found again
-            raise ValueError(f"PointRobotEnv: action must not be NaN, got {action.tolist()}. Fix the policy.")
+        if schema.can_look_at(action):
+            read = action if mask is None else action[mask.reshape(self.batch_size)]  # held rows may be given anything
+            if read.isnan().any():  # a position would never be found again
+                raise ValueError(f"PointRobotEnv: action must not be NaN, got {action.tolist()}. Fix the policy.")
         moved = self._position + _STEP * action.to(self._position.dtype).clamp(-1, 1)
         self._move(moved, self._steps + 1, mask)
         truncated = (self._steps >= self._max_steps).unsqueeze(-1)
