@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs import EnvBase, ExplorationType, set_exploration_type
 
+from torchrl_mouse import schema
 from torchrl_mouse.data.saving import replace_json
 from torchrl_mouse.envs import (
     HalfCheetahVelEnv,
@@ -210,13 +211,9 @@ def play(env: EnvBase, actor: TensorDictModuleBase, latent: torch.Tensor, benchm
         break_when_any_done=False,
     )
     for key in ("reward", "sparse_reward"):  # here, before a belief and actions made of it are blamed
-        reward = steps.get(("next", key), None)
-        if reward is not None and not (finite := reward.isfinite()).all():
-            at = tuple((~finite).nonzero()[0].tolist())
-            raise ValueError(
-                f"play: entry ('next', {key!r}) must be finite, got {reward[at].item()} at {list(at)}, row and step. "
-                "Fix the environment."
-            )
+        if (reward := steps.get(("next", key), None)) is not None:
+            remedy = "The indices are row and step. Fix the environment."
+            schema.check_finite(reward.cpu(), ("next", key), "play", remedy)
     following = [("next", key) for key in ("observation", "reward", "sparse_reward", "terminated", "done")]
     return steps.select("observation", "action", *following, strict=False)
 

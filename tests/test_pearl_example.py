@@ -598,7 +598,7 @@ def test_a_reward_that_is_no_number_stops_the_run(make_run, pearl, monkeypatch):
         return batch
 
     monkeypatch.setattr(run.experience, "draw", spoiled)
-    with pytest.raises(ValueError, match=r"must be finite, got nan at \[1, 2, 0\]"):
+    with pytest.raises(ValueError, match=r"must be finite, got nan at \(1, 2, 0\)"):
         run.update()
 
 
@@ -631,7 +631,9 @@ def test_an_environments_reward_that_is_no_number_is_named(make_run, monkeypatch
         return frame
 
     monkeypatch.setattr(PointRobotEnv, "_step", spoiled)
-    with pytest.raises(ValueError, match=rf"\('next', '{key}'\) must be finite, got nan at \[1, 0, 0\], row and step"):
+    with pytest.raises(
+        ValueError, match=rf"\('next', '{key}'\) must be finite, got nan at \(1, 0, 0\)\. The indices are row"
+    ):
         run.train()
 
 

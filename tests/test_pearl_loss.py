@@ -267,7 +267,7 @@ def test_other_entries_can_be_named():
 def test_a_reward_that_is_no_number(value):
     batch = small_batch()
     batch["next", "reward"][2, 5] = value
-    with pytest.raises(ValueError, match=r"\('next', 'reward'\).* must be finite, got (nan|inf) at \[2, 5, 0\]"):
+    with pytest.raises(ValueError, match=r"\('next', 'reward'\).* must be finite, got (nan|inf) at \(2, 5, 0\)"):
         small_loss()(batch)
 
 
@@ -275,7 +275,7 @@ def test_a_reward_that_is_no_number(value):
 def test_a_context_that_is_no_number(encoder):
     batch = small_batch()
     batch["context", "reward"][1, 3] = math.nan
-    with pytest.raises(ValueError, match=r"'posterior_loc' must be finite, got nan at \[1, 0\]"):
+    with pytest.raises(ValueError, match=r"'posterior_loc' must be finite, got nan at \(1, 0\)"):
         make_loss(width=16, encoder=encoder)(batch)
 
 

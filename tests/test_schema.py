@@ -1,5 +1,7 @@
 """The step layout: conversions to and from MOUSE's records, masks, ids."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from torchrl_mouse.schema import (
     RUNNING,
     TERMINATED,
     TRUNCATED,
+    check_finite,
     check_ids,
     decision_mask,
     done_code,
@@ -252,6 +255,18 @@ def test_check_ids():
         check_ids(torch.tensor([0, 3]), 3, "action")
     with pytest.raises(ValueError, match=r"entry \('previous', 'action'\) must lie in \[0, 3\), got -1"):
         check_ids(torch.tensor([-1, 2]), 3, ("previous", "action"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_check_finite(value):
+    check_finite(torch.zeros(0), "reward", "reader", "Fix it.")
+    numbers = torch.zeros(2, 3)
+    check_finite(numbers, "reward", "reader", "Fix it.")
+    numbers[1, 2] = value
+    with pytest.raises(
+        ValueError, match=rf"^reader: entry 'reward' must be finite, got {value} at \(1, 2\)\. Fix it\.$"
+    ):
+        check_finite(numbers, "reward", "reader", "Fix it.")
 
 
 @pytest.mark.parametrize("kind", ["bool", "integer", "float"])

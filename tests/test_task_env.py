@@ -425,5 +425,5 @@ def test_a_reward_that_is_no_number(value, monkeypatch):
     spoiled[0] = True
     frame = env.rand_step(frame)["next"]
     spoiled[1] = True
-    with pytest.raises(ValueError, match=f"TaskEnv: reward of CountEnv must be finite, got {value}"):
+    with pytest.raises(ValueError, match=rf"TaskEnv: entry 'reward' must be finite, got {value} at .* Fix CountEnv"):
         env.rand_step(frame)

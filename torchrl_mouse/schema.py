@@ -292,6 +292,29 @@ def check_ids(ids: torch.Tensor, num: int, key: NestedKey) -> None:
         )
 
 
+def check_finite(value: torch.Tensor, key: NestedKey, reader: str, remedy: str) -> None:
+    """Raises when a number is NaN or infinite; not looked at on an accelerator, as in :func:`check_ids`.
+
+    Args:
+        value: numbers of any shape.
+        key: the entry's key, for the error.
+        reader: what needs the numbers, for the error.
+        remedy: a sentence, for the error.
+
+    Raises:
+        ValueError: a number is not finite.
+
+    Examples:
+        >>> check_finite(torch.tensor([0.5, torch.nan]), ("next", "reward"), "play", "Fix the environment.")
+        Traceback (most recent call last):
+            ...
+        ValueError: play: entry ('next', 'reward') must be finite, got nan at (1,). Fix the environment.
+    """
+    if can_look_at(value) and not (finite := value.isfinite()).all():
+        at = tuple((~finite).nonzero()[0].tolist())
+        raise ValueError(f"{reader}: entry {key!r} must be finite, got {value[at].item()} at {at}. {remedy}")
+
+
 def from_mouse_records(records: TensorDictBase) -> TensorDict:
     """Converts a MOUSE record batch to steps.
 

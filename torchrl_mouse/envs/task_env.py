@@ -176,11 +176,7 @@ class TaskEnv(EnvBase):
             reward = torch.where(live, reward, 0)
             if bool(resets.any()):
                 frame = self.base_env.reset(frame.set("_reset", resets), select_reset_only=True)
-        if schema.can_look_at(reward) and not (finite := reward.isfinite()).all():  # contexts would keep it
-            raise ValueError(
-                f"TaskEnv: reward of {type(self.base_env).__name__} must be finite, got {reward[~finite][0].item()}. "
-                "Fix the environment."
-            )
+        schema.check_finite(reward, "reward", "TaskEnv", f"Fix {type(self.base_env).__name__}: contexts keep rewards.")
 
         terminated = frame.get("terminated") & live
         truncated = frame.get("done") & live & ~terminated

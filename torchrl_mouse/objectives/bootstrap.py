@@ -109,12 +109,8 @@ class BootstrappingLoss(InContextLoss):
         """Returns the rewards ``[*, T]``, normalised where asked; 0 where invalid, whatever stands there."""
         reward = self._next(steps, self.tensor_keys.reward)
         reward = reward.to(torch.promote_types(reward.dtype, torch.float32))
-        if schema.can_look_at(reward) and not torch.where(valid, reward, 0.0).isfinite().all():
-            where = tuple((valid & ~reward.isfinite()).nonzero()[0].tolist())
-            raise ValueError(
-                f"{type(self).__name__}: entry {('next', self.tensor_keys.reward)!r} must be finite, got "
-                f"{reward[where].item()} at {where}. Fix the data, or leave the step out of the loss."
-            )
+        key, remedy = ("next", self.tensor_keys.reward), "Fix the data, or leave the step out of the loss."
+        schema.check_finite(torch.where(valid, reward, 0.0), key, type(self).__name__, remedy)
         return normalize_reward(reward, valid, **self.normalization)
 
     def _ends(self, steps: TensorDictBase) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

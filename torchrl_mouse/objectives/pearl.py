@@ -181,13 +181,15 @@ class PEARLLoss(LossModule):
                 f"PEARLLoss: entry {keys.posterior_loc!r} must be of {num_tasks} tasks, as {keys.observation!r} is, "
                 f"got {len(loc)}. Give a context for each."
             )
-        self._check_finite(keys.posterior_loc, loc, "the context or the learning rate")
+        remedy = "The first index is the task. Fix the context or the learning rate."
+        schema.check_finite(loc, keys.posterior_loc, "PEARLLoss", remedy)
         latent = loc + scale * torch.randn_like(scale)
         tensordict.set(keys.latent, latent)
         kl = standard_normal_kl(loc, scale.square()).sum()
 
         reward, terminated = (self._scalars(tensordict, ("next", key)) for key in (keys.reward, keys.terminated))
-        self._check_finite(("next", keys.reward), reward.view(num_tasks, -1, 1), "the environment or the data")
+        remedy = "The first index is the task. Fix the environment or the data."
+        schema.check_finite(reward.view(num_tasks, -1, 1), ("next", keys.reward), "PEARLLoss", remedy)
         with torch.no_grad():
             following = self._frames(tensordict, latent, "next")
             value = self._value(following, self.target_value_network_params)
@@ -229,15 +231,6 @@ class PEARLLoss(LossModule):
             "entropy": -log_prob.detach().mean(),
         }
         return TensorDict(losses)
-
-    @staticmethod
-    def _check_finite(key: NestedKey, value: torch.Tensor, cause: str) -> None:
-        if schema.can_look_at(value) and not value.isfinite().all():
-            at = tuple((~value.isfinite()).nonzero()[0].tolist())
-            raise ValueError(
-                f"PEARLLoss: entry {key!r} must be finite, got {value[at].item()} at {list(at)}, the first of which is "
-                f"the task. Fix {cause}."
-            )
 
     def _scalars(self, tensordict: TensorDictBase, key: NestedKey) -> torch.Tensor:
         """Returns an entry ``[tasks, rows, 1]`` as ``[tasks * rows, 1]``; without the 1 it would broadcast."""
