@@ -43,6 +43,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record import CSVLogger
 from tqdm import tqdm
 
+from torchrl_mouse import schema
 from torchrl_mouse.data.saving import replacing
 from torchrl_mouse.modules import (
     CONTEXT_ENCODERS,
@@ -125,6 +126,9 @@ class Agent:
         if context is None:
             return torch.randn(self.num_tasks, LATENT_DIM, device=self.device)
         belief = self.posterior(TensorDict({"context": context}, [len(context)]))
+        remedy = "The first index is the task. Look at the encoder."
+        for key in self.posterior.out_keys:  # here, before actions made of it are blamed
+            schema.check_finite(belief[key], key, "pearl.py", remedy)
         return self.sample(belief)["latent"]
 
 
@@ -260,7 +264,7 @@ class Run:
             while len(self.history) < self.benchmark.iterations:
                 self.iterate(bar)
                 self.save()
-                for name, value in self.history[-1].items():  # once, whenever the run is stopped
+                for name, value in self.history[-1].items():  # after saving, so that none is logged twice
                     self.logger.log_scalar(name, value, step=len(self.history) - 1)
                 self.report()
         return self.report()
@@ -365,6 +369,7 @@ def main() -> None:
     options = {name: getattr(arguments, name) for name in ("env", "encoder", "budget", "seed", "precision")}
     options |= dataclasses.asdict(BUDGETS[arguments.budget][arguments.env])
     if arguments.encoder.endswith(".py") and Path(arguments.encoder).is_file():
+        options["encoder"] = Path(arguments.encoder).name  # wherever it is
         options["encoder file"] = hashlib.sha256(Path(arguments.encoder).read_bytes()).hexdigest()
     try:
         run = Run(arguments)

@@ -441,7 +441,7 @@ class Run:
 
     @property
     def frames(self) -> tuple[int, int]:
-        """The environment steps between updates, and all of them: no more than PEARL has on training tasks."""
+        """The environment steps between updates, and all of them: no more than PEARL has, one batch at least."""
         each = self.recipe.rows * self.agent.episodes * self.benchmark.max_steps
         return each, max(1, self.benchmark.training_steps // each) * each
 

@@ -74,6 +74,12 @@ def test_no_context_is_the_prior_and_asks_nobody(kind):
     assert torch.equal(belief["posterior_scale"], torch.ones(4, 3))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_tasks_have_no_beliefs(kind):
+    belief = ContextPosterior(make(kind))(context(0, 7))
+    assert belief["posterior_loc"].shape == belief["posterior_scale"].shape == (0, 3)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_beliefs_are_at_least_in_float32(dtype):
     """An encoder may take ids, or data of half precision."""

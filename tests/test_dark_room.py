@@ -152,6 +152,8 @@ def test_split_goals():
         ({"goals": [0], "size": 1}, "size must be at least 2, got 1"),
         ({"goals": [0], "start": 81}, "start must lie in .* got 81"),
         ({"goals": [0], "max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"goals": [0], "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"goals": [0], "batch_size": (2, -1)}, r"batch_size must be at least 1, got \(2, -1\)"),
         ({"goals": [0], "teacher_gamma": 1.0}, "teacher_gamma must lie in .* got 1.0"),
     ],
 )

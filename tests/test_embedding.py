@@ -173,6 +173,14 @@ def test_ids_out_of_range(modality, side):
         embedder({**draw(3), modality: torch.tensor([0, bad, 1])})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number(value):
+    """A context would keep it for the rest of the task."""
+    steps = {**draw(3), "reward": torch.tensor([0.0, value, 1.0])}
+    with pytest.raises(ValueError, match=rf"StepEmbedder: entry 'reward' must be finite, got {value} at \(1,\)\. Fix"):
+        make(*MODALITIES)(steps)
+
+
 def test_largest_ids_are_allowed():
     last = {"action": 199, "discrete": 199, "time": 199, "done": 2}
     steps = {**draw(1), **{name: torch.tensor([value]) for name, value in last.items()}}

@@ -396,6 +396,8 @@ def test_without_mujoco(monkeypatch):
         ({"velocities": [[0.5]]}, r"velocities must have shape .* got \[1, 1\]"),
         ({"velocities": [0.5, math.nan]}, r"velocities must be finite, got \[0.5, nan\]"),
         ({"velocities": [0.5], "max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"velocities": [0.5], "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"velocities": [0.5], "batch_size": (2, -1)}, r"batch_size must be at least 1, got \(2, -1\)"),
     ],
 )
 def test_errors(keywords, match):

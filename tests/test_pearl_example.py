@@ -15,7 +15,6 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torchrl.envs import ExplorationType
 from torchrl.envs.utils import exploration_type
-from torchrl.record import CSVLogger
 from tqdm import tqdm
 
 from torchrl_mouse.envs import PointRobotEnv, point_robot_oracle
@@ -270,7 +269,6 @@ def test_collection_plays_as_the_benchmark_says(pearl, benchmark_of, make_run, w
     modes = []
     monkeypatch.setattr(run, "update", lambda: modes.append(run.agent.loss.training) or TensorDict({}))
     monkeypatch.setattr(run, "test", lambda: {"test_return": 0.0})
-    run.logger = CSVLogger("log", log_dir=str(run.arguments.output))
     grown = []
     draw = pearl.draw_context
     monkeypatch.setattr(pearl, "draw_context", lambda seen, agent: grown.append(seen.shape[1]) or draw(seen, agent))
@@ -297,6 +295,51 @@ def test_tests_act_without_chance_on_drawn_latents(pearl, benchmark_of, make_run
     assert not torch.equal(first, second)  # drawn, not the belief's mean
 
 
+def test_agents_are_met_in_evaluation_mode(pearl, benchmark_of, make_run, watch, monkeypatch):
+    run = make_run()
+    monkeypatch.setattr(pearl, "collect", lambda *_, **__: None)
+    monkeypatch.setattr(run, "update", lambda: TensorDict({}))
+    run.file.parent.mkdir()
+    episodes, _ = watch(pearl, benchmark_of, run)
+    run.iterate(tqdm(disable=True))
+    run.save()
+    run.agent.loss.train()
+    run.meet()
+    assert [training for _, training, _ in episodes] == [False] * 9  # training and test tasks, and these once more
+
+
+def test_figures_of_a_test(pearl, make_run, monkeypatch):
+    """The last episode counts, as a mean over the tasks."""
+    run = make_run()
+    starts = torch.zeros(2, 3, 2)
+    returns = {4: torch.arange(12.0).reshape(4, 3), 2: torch.tensor([[-9.0, 5.0, -3.0], [-8.0, 6.0, -4.5]])}
+    met = []
+
+    def meta_test(env, actor, infer, benchmark):
+        met.append(env.goal)
+        return returns[len(env.goal)], starts
+
+    monkeypatch.setattr(pearl, "meta_test", meta_test)
+    results = run.test()
+    assert [torch.equal(*pair) for pair in zip(met, (run.tasks, run.test_tasks), strict=True)] == [True, True]
+    oracle = point_robot_oracle(starts[:, -1], run.test_tasks).mean().item()
+    assert results == pytest.approx(
+        {"train_return": 6.5, "test_return": -3.75, "first_episode": -8.5, "regret": oracle + 3.75}
+    )
+
+
+def test_tasks_of_an_iteration_are_drawn(pearl, make_run, monkeypatch):
+    run, drawn = make_run(), []
+    monkeypatch.setattr(pearl, "collect", lambda agent, name, tasks, ids, experience, first: drawn.append(ids.tolist()))
+    monkeypatch.setattr(run, "update", lambda: TensorDict({}))
+    monkeypatch.setattr(run, "test", lambda: {"test_return": 0.0})
+    for _ in range(30):
+        run.iterate(tqdm(disable=True))
+    assert {len(ids) for ids in drawn} == {2}
+    assert {task for ids in drawn for task in ids} == set(range(4))
+    assert 2 < sum(len(set(ids)) == 1 for ids in drawn) < 15  # with replacement, a quarter of 30
+
+
 def test_a_recurrent_encoder_goes_on_from_one_episode_of_a_test_to_the_next(make_run):
     run = make_run(encoder="recurrent")
     run.agent.loss.eval()
@@ -320,6 +363,7 @@ def episode_context(benchmark_of, run):
 def test_loss_has_the_benchmarks_constants(benchmark_of, make_run, env):
     loss, budget = make_run(env).agent.loss, benchmark_of.BENCHMARKS[env]
     assert (loss.gamma, loss.reward_scale, loss.kl_weight) == (budget.gamma, budget.reward_scale, budget.kl_weight)
+    assert loss.regularization == 1e-3
 
 
 def test_update_is_the_plain_loops_step(pearl, make_run, monkeypatch):
@@ -333,6 +377,26 @@ def test_update_is_the_plain_loops_step(pearl, make_run, monkeypatch):
         torch.manual_seed(seed)
         for name, value in reference.step(batch).items():
             torch.testing.assert_close(ours[name], value.detach(), rtol=1e-5, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_tasks_of_an_update_are_drawn_each_with_its_context(pearl, make_run):
+    run = make_run()
+    pearl.collect(run.agent, "point-robot", run.tasks, torch.arange(4), run.experience, first=True)
+    drawn = []
+    for _ in range(20):
+        batch = run.experience.draw()
+        for number in range(len(batch)):
+            tasks = [
+                task
+                for task, buffer in enumerate(run.experience.replay)
+                if torch.isin(batch["action"][number], buffer[:]["action"]).all()
+            ]
+            (task,) = tasks
+            assert torch.isin(batch["context", "action"][number], run.experience.context[task][:]["action"]).all()
+            drawn.append(task)
+    updates = [drawn[at : at + 4] for at in range(0, len(drawn), 4)]
+    assert set(drawn) == set(range(4))
+    assert 10 < sum(len(set(tasks)) < 4 for tasks in updates) <= 20  # with replacement
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "recurrent"])
@@ -365,7 +429,7 @@ def test_batches(pearl, make_run, encoder):
 
 # What the plot's lines are at: best without adaptation, mlp, recurrent, attention, best run; the oracle.
 PLOTTED = {
-    "point-robot": (-14.07, -11.878, -11.383, -10.837, -9.424),
+    "point-robot": (-13.72, -11.878, -11.383, -10.837, -9.424),
     "sparse-point-robot": (4.40, 3.803, 2.818, 1.991, 6.687, 13.07),
     "cheetah-vel": (-166.9, -141.860, -170.882, -96.754, -78.369),
 }
@@ -551,6 +615,9 @@ def test_a_run_says_what_it_is_and_its_agent_can_be_met(call, tmp_path):
 def test_an_encoder_file_that_has_changed_is_no_resumption(call, tmp_path):
     (tmp_path / "mine.py").write_text(ENCODER)
     call("--encoder", tmp_path / "mine.py", "--budget", "smoke", "--output", tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/mine.py").write_text(ENCODER)
+    call("--encoder", tmp_path / "other/mine.py", "--budget", "smoke", "--output", tmp_path / "run")
     (tmp_path / "mine.py").write_text(ENCODER.replace("output = self.fc(input)", "output = self.fc(input) * 0"))
     said = call("--encoder", tmp_path / "mine.py", "--budget", "smoke", "--output", tmp_path / "run", fails=True)
     assert "encoder file" in said
@@ -635,6 +702,13 @@ def test_an_environments_reward_that_is_no_number_is_named(make_run, monkeypatch
         ValueError, match=rf"\('next', '{key}'\) must be finite, got nan at \(1, 0, 0\)\. The indices are row"
     ):
         run.train()
+
+
+def test_a_belief_that_is_no_number_is_named(call, tmp_path):
+    """An encoder that passes its trial on zeros."""
+    (tmp_path / "mine.py").write_text(ENCODER.replace("self.fc(input)", "self.fc(input) + input[..., -1:].sqrt()"))
+    with pytest.raises(ValueError, match=r"'posterior_loc' must be finite, got nan at \(0, 0\)\. The first index is"):
+        call("--encoder", tmp_path / "mine.py", "--budget", "smoke", "--output", tmp_path / "run")
 
 
 def test_the_prior_is_drawn_without_context(make_run):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -313,6 +314,22 @@ def test_missing_entries(missing):
         small_loss()(small_batch().exclude(missing))
 
 
+@pytest.mark.parametrize("key", ["action", ("next", "observation")])
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_fewer_rows_in_one_entry(key, rows):
+    batch = small_batch()
+    batch[key] = batch[key][:, :rows]
+    name = re.escape(repr(key))
+    with pytest.raises(ValueError, match=rf"entry {name} must have shape \[3, 8, 2\], got \[3, {rows}, 2\]"):
+        small_loss()(batch)
+
+
+@pytest.mark.parametrize(("tasks", "rows"), [(0, 8), (3, 0)])
+def test_nothing_to_learn_from(tasks, rows):
+    with pytest.raises(ValueError, match=rf"must have shape \[tasks, rows, \*\] with at .* got \[{tasks}, {rows}, 2\]"):
+        small_loss()(small_batch(tasks=tasks, rows=rows))
+
+
 def test_actor_loss_needs_the_critics_latents():
     with pytest.raises(KeyError, match="latent"):
         small_loss().actor_loss(small_batch())
@@ -332,6 +349,13 @@ def test_options_out_of_range(options, match):
     critics = [latent_qvalue(2, 2, 3, hidden_sizes=[4]) for _ in range(2)]
     with pytest.raises(ValueError, match=match):
         PEARLLoss(ContextPosterior(encoder), latent_actor(2, 2, 3), critics, latent_value(2, 3), **options)
+
+
+def test_options_are_pearls_by_default():
+    encoder = make_context_encoder("linear", hidden_sizes=[], input_size=5, output_size=6)
+    critics = [latent_qvalue(2, 2, 3, hidden_sizes=[4]) for _ in range(2)]
+    loss = PEARLLoss(ContextPosterior(encoder), latent_actor(2, 2, 3), critics, latent_value(2, 3))
+    assert (loss.gamma, loss.reward_scale, loss.kl_weight, loss.regularization) == (0.99, 1.0, 0.1, 1e-3)
 
 
 def test_one_critic_is_too_few():

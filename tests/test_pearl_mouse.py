@@ -170,6 +170,29 @@ def test_returns_are_those_of_the_benchmarks_reward(example, name):
     torch.testing.assert_close(returns, expected, atol=1e-4, rtol=0)
 
 
+def test_figures_of_a_test(example, monkeypatch, tmp_path):
+    """The last episode counts, as a mean over the tasks."""
+    monkeypatch.setattr(sys, "argv", [str(PROGRAM), "--budget", "smoke", "--output", str(tmp_path)])
+    training = example.Run(example.parse_arguments())
+    training.buffer = range(6)  # tasks played, of three episodes of 20 steps
+    shown = []
+
+    def test(tasks):
+        shown.append(tasks)
+        returns = torch.arange(3.0 * len(tasks)).reshape(-1, 3) - 10
+        return returns, torch.zeros(len(tasks), 3, 2)
+
+    monkeypatch.setattr(training.agent, "test", test)
+    entry = training.evaluate()
+    assert [len(tasks) for tasks in shown] == [4, 20]
+    assert torch.equal(shown[0], training.tasks)
+    assert torch.equal(shown[1].reshape(10, 2, 2)[3], example.make_tasks("point-robot", training.benchmark)[1])
+    oracle = point_robot_oracle(torch.zeros(2), shown[1]).mean().item()
+    expected = {"environment_steps": 360, "train_return": -3.5, "test_return": 20.5, "first_episode": 18.5}
+    assert entry == pytest.approx({**expected, "regret": oracle - 20.5})
+    assert training.history == {"6": entry}
+
+
 @pytest.fixture
 def fixed(example, monkeypatch):
     """An agent, and a goal to which every episode begins at the origin."""

@@ -127,6 +127,7 @@ def test_published_figures(part):
     assert returns(goals) == pytest.approx(-4.59 if test else -5.10, abs=0.03)
     if test:
         assert returns(torch.zeros(2)) == pytest.approx(-14.07, abs=0.03)
+        assert returns(torch.tensor([0.25, 0.0])) == pytest.approx(-13.72, abs=0.03)
         assert returns(point_robot_goals(50)[40:].mean(0)) == pytest.approx(-13.74, abs=0.03)
         assert returns(point_robot_goals(50)[:40].mean(0)) == pytest.approx(-15.41, abs=0.03)
         still = play(PointRobotEnv(goals, seed=0), [[0.0, 0.0]] * 20)
@@ -429,6 +430,8 @@ def test_cuda(moves):
         ({"goals": torch.zeros(0, 2)}, r"goals must have shape .* got \[0, 2\]"),
         ({"goals": [[0.0, math.nan]]}, r"goals must be finite, got \[\[0.0, nan\]\]"),
         ({"goals": [[0.0, 1.0]], "max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"goals": [[0.0, 1.0]], "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"goals": [[0.0, 1.0]], "batch_size": (2, -1)}, r"batch_size must be at least 1, got \(2, -1\)"),
         ({"goals": [[0.0, 1.0]], "start": "goal"}, "start must be 'random', 'origin' or None, got 'goal'"),
     ],
 )

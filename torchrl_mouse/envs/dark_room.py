@@ -97,18 +97,17 @@ class DarkRoomEnv(EnvBase):
                 "Drop the others."
             )
         goals = goals.long()
+        length = len(goals) if batch_size is None else batch_size
+        rows = torch.Size([length] if isinstance(length, int) else length)
         for name, value, valid, rule in (
             ("size", size, size >= 2, "be at least 2"),
             ("start", start, 0 <= start < cells, f"lie in [0, {cells})"),
+            ("batch_size", batch_size, min(rows, default=1) >= 1, "be at least 1"),
             ("max_steps", max_steps, max_steps >= 1, "be at least 1"),
             ("teacher_gamma", teacher_gamma, 0 < teacher_gamma < 1, "lie in (0, 1)"),
         ):
             if not valid:
                 raise ValueError(f"DarkRoomEnv: {name} must {rule}, got {value}. Change it.")
-        if batch_size is None:
-            rows = torch.Size([len(goals)])
-        else:
-            rows = torch.Size([batch_size]) if isinstance(batch_size, int) else torch.Size(batch_size)
         super().__init__(device=device, batch_size=rows)
         self._fixed = batch_size is None
         self._start, self._max_steps, self._terminates = start, max_steps, terminate_on_goal

@@ -74,15 +74,17 @@ class HalfCheetahVelEnv(EnvBase):
     ) -> None:
         velocities = torch.as_tensor(velocities, dtype=torch.float32, device=device)
         shape = list(velocities.shape)
+        size = shape[:1] if batch_size is None else batch_size
+        rows = torch.Size([size] if isinstance(size, int) else size)
         for name, valid, rule, value in (
             ("velocities", len(shape) == 1 and shape[0], "have shape [V] with V >= 1", shape),
             ("velocities", bool(velocities.isfinite().all()), "be finite", velocities.tolist()),
+            ("batch_size", min(rows, default=1) >= 1, "be at least 1", batch_size),
             ("max_steps", max_steps >= 1, "be at least 1", max_steps),
         ):
             if not valid:
                 raise ValueError(f"HalfCheetahVelEnv: {name} must {rule}, got {value}. Change it.")
-        rows = len(velocities) if batch_size is None else batch_size
-        super().__init__(device=device, batch_size=torch.Size([rows] if isinstance(rows, int) else rows))
+        super().__init__(device=device, batch_size=rows)
         self._fixed, self._max_steps = batch_size is None, max_steps
         # buffers, so that `to` moves them
         velocity = torch.zeros(self.batch_size, device=self.device)

@@ -77,16 +77,18 @@ class PointRobotEnv(EnvBase):
     ) -> None:
         goals = torch.as_tensor(goals, dtype=torch.float32, device=device)
         shape = list(goals.shape)
+        size = shape[:1] if batch_size is None else batch_size
+        rows = torch.Size([size] if isinstance(size, int) else size)
         for name, valid, rule, value in (
             ("goals", len(shape) == 2 and shape[0] and shape[1] == 2, "have shape [G, 2] with G >= 1", shape),
             ("goals", bool(goals.isfinite().all()), "be finite", goals.tolist()),
+            ("batch_size", min(rows, default=1) >= 1, "be at least 1", batch_size),
             ("max_steps", max_steps >= 1, "be at least 1", max_steps),
             ("start", start in (None, "random", "origin"), "be 'random', 'origin' or None", repr(start)),
         ):
             if not valid:
                 raise ValueError(f"PointRobotEnv: {name} must {rule}, got {value}. Change it.")
-        rows = len(goals) if batch_size is None else batch_size
-        super().__init__(device=device, batch_size=torch.Size([rows] if isinstance(rows, int) else rows))
+        super().__init__(device=device, batch_size=rows)
         self._fixed, self._max_steps, self._sparse = batch_size is None, max_steps, sparse
         self._random_start = not sparse if start is None else start == "random"
         # buffers, so that `to` moves them

@@ -43,9 +43,10 @@ class BayesianContextEncoder(ContextEncoder):
         P = I + sum phi phi^T        C = P^-1        w | context ~ N(C sum phi y, C)
 
     of which the latent variable is a projection with unit rows. In PEARL's product a transition narrows every dimension
-    by itself; here it may say that the goal lies on a certain line, and the next one where on it. What was said before
-    is no news, so beliefs are calibrated after 20 transitions and after 1,000, whatever number was trained on, and in
-    any order. (Meta-learned features under a Bayesian last layer: arXiv:1807.08912.)
+    by itself; here it may say that the goal lies on a certain line, and the next one where on it. What nothing has
+    measured stays as uncertain as before, however many transitions say the same, in any order; errors count as
+    independent, so a transition that comes twice counts twice. (Meta-learned features under a Bayesian last layer:
+    arXiv:1807.08912.)
 
     A reward of zero measures nothing. Where a context has such, an agent's first rewards are few, and from places near
     each other, so what they tell is less than independent: in training mode a random part of them is read, of a size

@@ -112,7 +112,7 @@ class ContextPosterior(TensorDictModuleBase):
                     f"shape {list(entry.shape)} beside {list(entries[0].shape)} of {self.in_keys[0]!r}. Reshape it."
                 )
         context = torch.cat(entries, -1)
-        if context.shape[-2]:
+        if context.shape[:-1].numel():
             parameters = encode_context(self.encoder, context.reshape(-1, *context.shape[-2:]))
         else:  # What was kept between calls is of no context either.
             parameters = context.new_zeros(shape[:-1].numel(), 0, 2 * self.latent_size)

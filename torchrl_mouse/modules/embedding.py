@@ -11,7 +11,7 @@ from torch import nn
 
 from torchrl_mouse.modules.checks import check_size
 from torchrl_mouse.modules.specs import embedding_kwargs_from_specs
-from torchrl_mouse.schema import NUM_DONE_CODES, check_ids
+from torchrl_mouse.schema import NUM_DONE_CODES, check_finite, check_ids
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -388,13 +388,16 @@ class StepEmbedder(nn.Module):
 
         Raises:
             KeyError: an active modality is missing.
-            ValueError: an id is out of range (looked at on the CPU only), or a size does not fit.
+            ValueError: a size does not fit, an id is out of range, or a reward not finite (looked at on the CPU alone).
         """
         vectors = []
         for name, embedder in self.modalities.items():
             if name not in steps:
                 raise KeyError(f"StepEmbedder: modality {name!r} must be given, got only {', '.join(sorted(steps))}.")
-            value = steps[name].unsqueeze(-1) if name == "reward" else steps[name]
+            value = steps[name]
+            if name == "reward":
+                check_finite(value, name, "StepEmbedder", "Fix the environment or the data.")
+                value = value.unsqueeze(-1)
             size = self._sizes.get(name, 0)
             if size and value.shape[-1:] != (size,):
                 raise ValueError(

@@ -166,11 +166,18 @@ class PEARLLoss(LossModule):
 
         Raises:
             KeyError: an entry is missing.
-            ValueError: reward or end of an episode is not ``[tasks, rows, 1]``, or the belief not of as many tasks; a
-                reward or a belief is not finite (checked on the CPU alone).
+            ValueError: there are no tasks or rows; an entry, or the belief, is of other tasks or rows than the
+                observation; reward or end of an episode is not ``[tasks, rows, 1]``; a reward or a belief is not finite
+                (looked at on the CPU alone).
         """
         keys = self.tensor_keys
-        num_tasks = len(schema.require(tensordict, keys.observation))
+        shape = schema.require(tensordict, keys.observation).shape
+        if len(shape) < 3 or not shape[:2].numel():
+            raise ValueError(
+                f"PEARLLoss: entry {keys.observation!r} must have shape [tasks, rows, *] with at least one of each, "
+                f"got {list(shape)}. Draw the same number of transitions of each task."
+            )
+        num_tasks = shape[0]
         for module in self.posterior.modules():  # What has a state may be one of a sequence.
             if isinstance(module, TensorDictModuleBase) and hasattr(module, "reset"):
                 module.reset(num_tasks)
@@ -187,7 +194,9 @@ class PEARLLoss(LossModule):
         tensordict.set(keys.latent, latent)
         kl = standard_normal_kl(loc, scale.square()).sum()
 
-        reward, terminated = (self._scalars(tensordict, ("next", key)) for key in (keys.reward, keys.terminated))
+        reward, terminated = (
+            self._rows(tensordict, ("next", key), scalar=True) for key in (keys.reward, keys.terminated)
+        )
         remedy = "The first index is the task. Fix the environment or the data."
         schema.check_finite(reward.view(num_tasks, -1, 1), ("next", keys.reward), "PEARLLoss", remedy)
         with torch.no_grad():
@@ -232,18 +241,14 @@ class PEARLLoss(LossModule):
         }
         return TensorDict(losses)
 
-    def _scalars(self, tensordict: TensorDictBase, key: NestedKey) -> torch.Tensor:
-        """Returns an entry ``[tasks, rows, 1]`` as ``[tasks * rows, 1]``; without the 1 it would broadcast."""
+    def _rows(self, tensordict: TensorDictBase, key: NestedKey, *, scalar: bool = False) -> torch.Tensor:
+        """Returns an entry of the transitions, ``[tasks, rows, *]``, as ``[tasks * rows, *]``."""
         value = schema.require(tensordict, key)
-        want = [*schema.require(tensordict, self.tensor_keys.observation).shape[:2], 1]
-        if list(value.shape) != want:
+        first = schema.require(tensordict, self.tensor_keys.observation).shape[:2]
+        want = [*first, *([1] if scalar else value.shape[2:])]
+        if list(value.shape) != want:  # Without the 1, or of fewer rows, it would broadcast.
             raise ValueError(f"PEARLLoss: entry {key!r} must have shape {want}, got {list(value.shape)}. Reshape it.")
         return value.flatten(0, 1)
-
-    @staticmethod
-    def _rows(tensordict: TensorDictBase, key: NestedKey) -> torch.Tensor:
-        """Returns an entry of the transitions, ``[tasks, rows, *]``, as ``[tasks * rows, *]``."""
-        return schema.require(tensordict, key).flatten(0, 1)
 
     def _frames(self, tensordict: TensorDictBase, latent: torch.Tensor, *prefix: str) -> TensorDict:
         """Returns observations ``[tasks * rows, *]``, each with its task's latent."""
