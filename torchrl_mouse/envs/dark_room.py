@@ -11,6 +11,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_mouse import schema
+from torchrl_mouse.envs.batch import done_spec, task_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,22 +98,19 @@ class DarkRoomEnv(EnvBase):
                 "Drop the others."
             )
         goals = goals.long()
-        length = len(goals) if batch_size is None else batch_size
-        rows = torch.Size([length] if isinstance(length, int) else length)
         for name, value, valid, rule in (
             ("size", size, size >= 2, "be at least 2"),
             ("start", start, 0 <= start < cells, f"lie in [0, {cells})"),
-            ("batch_size", batch_size, min(rows, default=1) >= 1, "be at least 1"),
             ("max_steps", max_steps, max_steps >= 1, "be at least 1"),
             ("teacher_gamma", teacher_gamma, 0 < teacher_gamma < 1, "lie in (0, 1)"),
         ):
             if not valid:
                 raise ValueError(f"DarkRoomEnv: {name} must {rule}, got {value}. Change it.")
-        super().__init__(device=device, batch_size=rows)
+        super().__init__(device=device, batch_size=task_rows("DarkRoomEnv", batch_size, len(goals)))
         self._fixed = batch_size is None
         self._start, self._max_steps, self._terminates = start, max_steps, terminate_on_goal
         # buffers, so that `to` moves them
-        cell = torch.full(rows, start, device=self.device)
+        cell = torch.full(self.batch_size, start, device=self.device)
         state = {"_goals": goals, "_goal": cell, "_cell": cell, "_steps": torch.zeros_like(cell)}
         for key, tensor in (state | self._tables(size, teacher, teacher_gamma)).items():
             self.register_buffer(key, tensor, persistent=False)
@@ -133,10 +131,6 @@ class DarkRoomEnv(EnvBase):
 
     def _make_specs(self, cells: int, teacher: bool) -> None:
         rows, device = self.batch_size, self.device
-
-        def flag() -> Categorical:
-            return Categorical(2, shape=(*rows, 1), dtype=torch.bool, device=device)
-
         self.observation_spec = Composite(
             {
                 schema.OBSERVATION: Bounded(-1, 1, shape=(*rows, 2), dtype=torch.float32, device=device),
@@ -149,7 +143,7 @@ class DarkRoomEnv(EnvBase):
             self.observation_spec[schema.Q_STAR] = Unbounded((*rows, len(_MOVES)), device=device)
         self.action_spec = Categorical(len(_MOVES), shape=rows, device=device)
         self.reward_spec = Bounded(0, 1, shape=(*rows, 1), dtype=torch.float32, device=device)
-        self.full_done_spec = Composite(done=flag(), terminated=flag(), truncated=flag(), shape=rows, device=device)
+        self.full_done_spec = done_spec(rows, device)
 
     @property
     def goal(self) -> torch.Tensor:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_mouse import schema
+from torchrl_mouse.envs.batch import done_spec, task_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -74,17 +75,14 @@ class HalfCheetahVelEnv(EnvBase):
     ) -> None:
         velocities = torch.as_tensor(velocities, dtype=torch.float32, device=device)
         shape = list(velocities.shape)
-        size = shape[:1] if batch_size is None else batch_size
-        rows = torch.Size([size] if isinstance(size, int) else size)
         for name, valid, rule, value in (
             ("velocities", len(shape) == 1 and shape[0], "have shape [V] with V >= 1", shape),
             ("velocities", bool(velocities.isfinite().all()), "be finite", velocities.tolist()),
-            ("batch_size", min(rows, default=1) >= 1, "be at least 1", batch_size),
             ("max_steps", max_steps >= 1, "be at least 1", max_steps),
         ):
             if not valid:
                 raise ValueError(f"HalfCheetahVelEnv: {name} must {rule}, got {value}. Change it.")
-        super().__init__(device=device, batch_size=rows)
+        super().__init__(device=device, batch_size=task_rows("HalfCheetahVelEnv", batch_size, len(velocities)))
         self._fixed, self._max_steps = batch_size is None, max_steps
         # buffers, so that `to` moves them
         velocity = torch.zeros(self.batch_size, device=self.device)
@@ -101,9 +99,7 @@ class HalfCheetahVelEnv(EnvBase):
         self.observation_spec = Composite({schema.OBSERVATION: observation}, shape=rows, device=device)
         self.action_spec = Bounded(-1, 1, (*rows, 6), dtype=torch.float32, device=device)
         self.reward_spec = Unbounded((*rows, 1), device=device)
-        flag = Categorical(2, shape=(*rows, 1), dtype=torch.bool, device=device)
-        flags = {"done": flag, "terminated": flag.clone(), "truncated": flag.clone()}
-        self.full_done_spec = Composite(flags, shape=rows, device=device)
+        self.full_done_spec = done_spec(rows, device)
 
     @property
     def velocity(self) -> torch.Tensor:

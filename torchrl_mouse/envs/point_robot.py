@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_mouse import schema
+from torchrl_mouse.envs.batch import done_spec, task_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,18 +78,15 @@ class PointRobotEnv(EnvBase):
     ) -> None:
         goals = torch.as_tensor(goals, dtype=torch.float32, device=device)
         shape = list(goals.shape)
-        size = shape[:1] if batch_size is None else batch_size
-        rows = torch.Size([size] if isinstance(size, int) else size)
         for name, valid, rule, value in (
             ("goals", len(shape) == 2 and shape[0] and shape[1] == 2, "have shape [G, 2] with G >= 1", shape),
             ("goals", bool(goals.isfinite().all()), "be finite", goals.tolist()),
-            ("batch_size", min(rows, default=1) >= 1, "be at least 1", batch_size),
             ("max_steps", max_steps >= 1, "be at least 1", max_steps),
             ("start", start in (None, "random", "origin"), "be 'random', 'origin' or None", repr(start)),
         ):
             if not valid:
                 raise ValueError(f"PointRobotEnv: {name} must {rule}, got {value}. Change it.")
-        super().__init__(device=device, batch_size=rows)
+        super().__init__(device=device, batch_size=task_rows("PointRobotEnv", batch_size, len(goals)))
         self._fixed, self._max_steps, self._sparse = batch_size is None, max_steps, sparse
         self._random_start = not sparse if start is None else start == "random"
         # buffers, so that `to` moves them
@@ -108,9 +106,7 @@ class PointRobotEnv(EnvBase):
             self.observation_spec["sparse_reward"] = Bounded(0, 1, (*rows, 1), dtype=torch.float32, device=device)
         self.action_spec = Bounded(-1, 1, (*rows, 2), dtype=torch.float32, device=device)
         self.reward_spec = Unbounded((*rows, 1), device=device)
-        flag = Categorical(2, shape=(*rows, 1), dtype=torch.bool, device=device)
-        flags = {"done": flag, "terminated": flag.clone(), "truncated": flag.clone()}
-        self.full_done_spec = Composite(flags, shape=rows, device=device)
+        self.full_done_spec = done_spec(rows, device)
 
     @property
     def goal(self) -> torch.Tensor:
