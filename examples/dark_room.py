@@ -31,6 +31,7 @@ from torchrl.record import CSVLogger
 from tqdm.auto import tqdm
 
 from torchrl_mouse.data import DatasetStore, JitterObservation, RandomSymmetry, replay_buffer
+from torchrl_mouse.data.saving import replacing
 from torchrl_mouse.envs import ClearContext, DarkRoomEnv, TaskEnv, grid_symmetries, oracle_policy, split_goals
 from torchrl_mouse.evaluation import Run, evaluate, plot_curves, summarize
 from torchrl_mouse.models import MouseConfig, MouseModel
@@ -276,8 +277,9 @@ def run_seed(seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(file: Path, results: dict[str, Any]) -> None:
-    """Writes results as JSON."""
-    file.write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
+    """Writes results as JSON, whole or not at all."""
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(results, indent=2, default=str), encoding="utf-8")
 
 
 def main() -> None:

@@ -20,6 +20,7 @@ from create_dataset import at_least
 from offline_training import HeldOutLake
 from torchrl.envs import EnvBase, SerialEnv, TransformedEnv
 
+from torchrl_mouse.data.saving import replacing
 from torchrl_mouse.envs import ClearContext, TaskEnv
 from torchrl_mouse.evaluation import evaluate, plot_curves
 from torchrl_mouse.models import load_model
@@ -67,8 +68,8 @@ def main() -> None:
         env = TransformedEnv(env, ClearContext())
     returns = evaluate(actor, env, arguments.episodes, description="episodes")
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "returns.json").write_text(json.dumps(returns.tolist()), encoding="utf-8")
+    with replacing(arguments.output / "returns.json") as file:
+        file.write_text(json.dumps(returns.tolist()), encoding="utf-8")
     plot_curves({"FrozenLake": {"agent": returns}}, arguments.output / "curves.png", title="No weight changes")
     for episode, share in enumerate(returns.mean(0).tolist(), 1):
         print(f"episode {episode:3}: {share:4.0%} of {arguments.tasks} maps solved  {'#' * round(40 * share)}")
