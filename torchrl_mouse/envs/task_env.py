@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tensordict import TensorDict
-from torchrl.data import Categorical, Composite, Unbounded
+from torchrl.data import Categorical, Unbounded
 from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 
 from torchrl_mouse import schema
+from torchrl_mouse.envs.batch import done_spec
 from torchrl_mouse.streams import draw_streams
 
 if TYPE_CHECKING:
@@ -124,9 +125,7 @@ class TaskEnv(EnvBase):
         self.full_action_spec = base.full_action_spec.clone()
         self.full_state_spec = base.full_state_spec.clone()
         self.full_reward_spec = base.full_reward_spec.clone()
-        self.full_done_spec = Composite(
-            done=flag(), terminated=flag(), truncated=flag(), shape=self.batch_size, device=device
-        )
+        self.full_done_spec = done_spec(self.batch_size, device)
 
     def _fresh(self) -> _Progress:
         zero = torch.zeros(*self.batch_size, 1, dtype=torch.int64, device=self.device)
