@@ -75,8 +75,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--budget", choices=BUDGETS, default="benchmark", help="small has fewer rows in an update")
     parser.add_argument("--seed", type=at_least(0), default=42, help="of weights, latents, actions and starts")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where all of it runs")
-    rule = "of products in gradient steps; bfloat16 is slow where a CPU has no instructions for it"
-    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help=rule)
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="float32",
+        help="of products in gradient steps; bfloat16 is slow where a CPU has no instructions for it",
+    )
     parser.add_argument("--output", type=Path, help="folder; by default runs/pearl/ENV/ENCODER-BUDGET-SEED[-PRECISION]")
     earlier = parser.add_mutually_exclusive_group()
     earlier.add_argument("--test", action="store_true", help="let the agent of a run meet the test tasks again")
